@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package blk
+
+import (
+	"math/bits"
+	"sync/atomic"
+)
+
+// Bitmap has one bit for each granularity bytes of a disk. Any number of goroutines may use it at once, without
+// locks: queue loops set bits, a copier clears them.
+type Bitmap struct {
+	shift uint
+	bits  int64
+	set   atomic.Int64
+	words []atomic.Uint64
+}
+
+// NewBitmap returns an empty bitmap for size bytes; granularity is a power of two.
+func NewBitmap(size, granularity int64) *Bitmap {
+	b := &Bitmap{shift: uint(bits.TrailingZeros64(uint64(granularity)))}
+	b.bits = (size + granularity - 1) >> b.shift
+	b.words = make([]atomic.Uint64, (b.bits+63)/64)
+	return b
+}
+
+// Granularity is the number of bytes a bit stands for.
+func (b *Bitmap) Granularity() int64 { return 1 << b.shift }
+
+// Count is the number of bits set.
+func (b *Bitmap) Count() int64 { return b.set.Load() }
+
+// Bytes is what the set bits stand for, the last one counted whole.
+func (b *Bitmap) Bytes() int64 { return b.Count() << b.shift }
+
+// Set sets each bit that [off, off+n) touches; n > 0. What lies past the end is ignored.
+func (b *Bitmap) Set(off, n int64) { b.change(off>>b.shift, (off+n-1)>>b.shift, true) }
+
+// Clear clears each bit that [off, off+n) touches; n > 0.
+func (b *Bitmap) Clear(off, n int64) { b.change(off>>b.shift, (off+n-1)>>b.shift, false) }
+
+func (b *Bitmap) change(first, last int64, set bool) {
+	last = min(last, b.bits-1)
+	for first <= last {
+		w := &b.words[first/64]
+		end := min(last, first|63)
+		mask := (^uint64(0) >> (63 - uint(end-first))) << uint(first&63)
+		if set {
+			if old := w.Load(); old&mask != mask {
+				old = w.Or(mask)
+				b.set.Add(int64(bits.OnesCount64(mask &^ old)))
+			}
+		} else {
+			old := w.And(^mask)
+			b.set.Add(-int64(bits.OnesCount64(mask & old)))
+		}
+		first = end + 1
+	}
+}
+
+// Any reports whether a bit is set that [off, off+n) touches; n > 0.
+func (b *Bitmap) Any(off, n int64) bool {
+	at, _, ok := b.Next(off, 1)
+	return ok && at < off+n
+}
+
+// Next finds the first set bit at or after off and returns the run of set bits from there, as a byte range of at
+// most limit bytes (at least one bit) that may end past the disk. false: there is none.
+func (b *Bitmap) Next(off, limit int64) (at, n int64, ok bool) {
+	i := off >> b.shift
+	for i < b.bits {
+		w := b.words[i/64].Load() >> uint(i&63)
+		if w == 0 {
+			i = (i | 63) + 1
+			continue
+		}
+		i += int64(bits.TrailingZeros64(w))
+		break
+	}
+	if i >= b.bits {
+		return 0, 0, false
+	}
+	end := i + 1
+	for most := i + limit>>b.shift; end < min(most, b.bits); end++ {
+		if b.words[end/64].Load()>>uint(end&63)&1 == 0 {
+			break
+		}
+	}
+	return i << b.shift, (end - i) << b.shift, true
+}

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package blk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+)
+
+// Source is whoever issues guest I/O to a graph: a running queue.
+type Source interface {
+	// Pause stops issuing and waits until nothing is in flight. On an error the source goes on.
+	Pause(ctx context.Context) error
+	Resume()
+	Meter() *Meter
+}
+
+// Meter counts what a source does. The source alone writes, and anyone reads.
+type Meter struct {
+	Ops     atomic.Uint64 // requests completed
+	Bytes   atomic.Uint64 // bytes read and written
+	Nanos   atomic.Uint64 // sum of the requests' times, only counted while Timed
+	Slowest atomic.Uint64 // longest request since the last reader set it to 0, only while Timed
+	Timed   atomic.Bool   // somebody wants times
+}
+
+// Graph is the stack of nodes under one disk, and the only way to change it. Sources read Root without a lock: it
+// changes only while they are all paused, and pausing and resuming order the accesses.
+type Graph struct {
+	mu      sync.Mutex // serialises changes, and Attach and Detach against them
+	root    Node
+	sources map[Source]struct{}
+	timed   int
+}
+
+// NewGraph returns a graph with the given root.
+func NewGraph(root Node) *Graph {
+	return &Graph{root: root, sources: map[Source]struct{}{}}
+}
+
+// Root is the node that the guest's requests enter. It is for sources that run, and within Change.
+func (g *Graph) Root() Node { return g.root }
+
+// View calls fn with the root while no change can happen.
+func (g *Graph) View(fn func(root Node)) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	fn(g.root)
+}
+
+// Attach makes src a source of the graph. It must not issue requests before Attach returns.
+func (g *Graph) Attach(src Source) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	src.Meter().Timed.Store(g.timed > 0)
+	g.sources[src] = struct{}{}
+}
+
+// Detach removes a source that issues nothing any more.
+func (g *Graph) Detach(src Source) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.sources, src)
+}
+
+// Time switches the sources' request times on or off; calls nest.
+func (g *Graph) Time(on bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if on {
+		g.timed++
+	} else {
+		g.timed--
+	}
+	for s := range g.sources {
+		s.Meter().Timed.Store(g.timed > 0)
+	}
+}
+
+// Activity is the sum of the meters of the sources attached now. Slowest is the longest request since the last
+// call.
+type Activity struct{ Ops, Bytes, Nanos, Slowest uint64 }
+
+// Activity reads the meters.
+func (g *Graph) Activity() Activity {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	var a Activity
+	for s := range g.sources {
+		m := s.Meter()
+		a.Ops += m.Ops.Load()
+		a.Bytes += m.Bytes.Load()
+		a.Nanos += m.Nanos.Load()
+		a.Slowest = max(a.Slowest, m.Slowest.Swap(0))
+	}
+	return a
+}
+
+// Tx is a change in progress: every source is paused and nothing is in flight.
+type Tx struct{ g *Graph }
+
+// Root is the current root.
+func (tx *Tx) Root() Node { return tx.g.root }
+
+// SetRoot makes n the node that the guest's requests enter from now on. Closing what it replaces is the caller's.
+func (tx *Tx) SetRoot(n Node) { tx.g.root = n }
+
+// Change runs fn while every source is paused with nothing in flight, then lets them go on. If a source cannot be
+// paused before ctx ends, fn is not run and all go on as before.
+func (g *Graph) Change(ctx context.Context, fn func(*Tx) error) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	var (
+		wg     sync.WaitGroup
+		emu    sync.Mutex
+		errs   []error
+		paused []Source
+	)
+	for s := range g.sources {
+		wg.Go(func() {
+			err := s.Pause(ctx)
+			emu.Lock()
+			defer emu.Unlock()
+			if err != nil {
+				errs = append(errs, err)
+			} else {
+				paused = append(paused, s)
+			}
+		})
+	}
+	wg.Wait()
+	defer func() {
+		for _, s := range paused {
+			s.Resume()
+		}
+	}()
+	if len(errs) > 0 {
+		return fmt.Errorf("the disk's queues did not come to rest: %w", errors.Join(errs...))
+	}
+	return fn(&Tx{g})
+}
+
+// String draws the stack, one node a line, the root first.
+func (g *Graph) String() string {
+	var b strings.Builder
+	g.View(func(root Node) { draw(&b, root, 0) })
+	return b.String()
+}
+
+func draw(b *strings.Builder, n Node, depth int) {
+	in := n.Info()
+	fmt.Fprintf(b, "%*s%s %s\n", 2*depth, "", in.Kind, in.Name)
+	for _, c := range n.Children() {
+		draw(b, c, depth+1)
+	}
+}
