@@ -44,7 +44,7 @@ func (b *Bitmap) change(first, last int64, set bool) {
 	for first <= last {
 		w := &b.words[first/64]
 		end := min(last, first|63)
-		mask := (^uint64(0) >> (63 - uint(end-first))) << uint(first&63)
+		mask := wordMask(first, end)
 		if set {
 			if old := w.Load(); old&mask != mask {
 				old = w.Or(mask)
@@ -58,10 +58,22 @@ func (b *Bitmap) change(first, last int64, set bool) {
 	}
 }
 
+// wordMask has the bits from first to last, both in the same word.
+func wordMask(first, last int64) uint64 {
+	return (^uint64(0) >> (63 - uint(last-first))) << uint(first&63)
+}
+
 // Any reports whether a bit is set that [off, off+n) touches; n > 0.
 func (b *Bitmap) Any(off, n int64) bool {
-	at, _, ok := b.Next(off, 1)
-	return ok && at < off+n
+	first, last := off>>b.shift, min((off+n-1)>>b.shift, b.bits-1)
+	for first <= last {
+		end := min(last, first|63)
+		if b.words[first/64].Load()&wordMask(first, end) != 0 {
+			return true
+		}
+		first = end + 1
+	}
+	return false
 }
 
 // Next finds the first set bit at or after off and returns the run of set bits from there, as a byte range of at

@@ -4,6 +4,7 @@ package blk
 
 import (
 	"io"
+	"sync/atomic"
 	"syscall"
 )
 
@@ -16,11 +17,16 @@ type HostFile struct {
 	OffAlign int  // alignment of offsets and lengths, bytes; 1 when buffered
 	Inline   bool // the storage never waits (tmpfs): small I/O is done on the caller's thread
 	NoSync   bool // syncs are ignored (cache=unsafe)
+
+	// A sync of the page cache failed. The kernel then drops the data and calls the next sync good: every later
+	// sync must fail, or a flush would be acknowledged for data that is gone.
+	lost atomic.Bool
 }
 
 // Fits reports whether the pieces may be handed to the file as they are.
 func (f *HostFile) Fits(off int64, v Vec) bool {
-	return f.MemAlign <= 1 || off&int64(f.OffAlign-1) == 0 && v.Aligned(max(f.MemAlign, f.OffAlign))
+	align := max(f.MemAlign, f.OffAlign)
+	return align <= 1 || off&int64(f.OffAlign-1) == 0 && v.Aligned(align)
 }
 
 // IOKind is a host operation.
@@ -77,12 +83,21 @@ func (o *IO) Finish(res int) bool {
 			return false
 		default:
 			o.Err = e
+			// A synced write reports EIO for earlier writes too, and so takes it from the next sync.
+			if !o.File.Direct && (o.Kind == IOSync || o.FUA && e == syscall.EIO) {
+				o.File.lost.Store(true)
+			}
 			return true
 		}
-	case o.Kind == IOSync || o.Kind == IOFallocate:
+	case o.Kind == IOSync:
+		if o.File.lost.Load() {
+			o.Err = syscall.EIO
+		}
+		return true
+	case o.Kind == IOFallocate:
 		return true
 	case res == 0 && o.Kind == IORead:
-		o.Vec.AppendSlice(nil, o.done, o.Len-o.done).Zero()
+		o.zeroRest()
 		return true
 	case res == 0:
 		o.Err = io.ErrShortWrite
@@ -94,6 +109,17 @@ func (o *IO) Finish(res int) bool {
 	}
 	o.rest = o.Vec.AppendSlice(o.rest[:0], o.done, o.Len-o.done)
 	return false
+}
+
+// zeroRest fills what lies past the file's end. Guest memory may have been truncated under us; a goroutine that
+// runs guest I/O has debug.SetPanicOnFault set.
+func (o *IO) zeroRest() {
+	defer func() {
+		if recover() != nil {
+			o.Err = syscall.EFAULT
+		}
+	}()
+	o.Vec.AppendSlice(nil, o.done, o.Len-o.done).Zero()
 }
 
 // Reset prepares the structure for another operation.

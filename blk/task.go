@@ -16,7 +16,8 @@ var errUnfinished = errors.New("a part of the request did not finish")
 type Task struct {
 	eng     Engine
 	woken   atomic.Bool
-	pending int // I/Os started and not ended; only touched on the engine's thread
+	pending int  // I/Os started and not ended; only touched on the engine's thread
+	waiting bool // in Wait; likewise
 	io      IO
 }
 
@@ -57,15 +58,17 @@ func (t *Task) Start(o *IO) {
 
 // Wait waits for every operation begun with Start. Their errors are in them.
 func (t *Task) Wait() {
+	t.waiting = true
 	for t.pending > 0 {
 		t.park()
 	}
+	t.waiting = false
 }
 
 // IODone is for engines.
 func (t *Task) IODone(*IO) {
 	t.pending--
-	if t.pending == 0 {
+	if t.pending == 0 && t.waiting {
 		t.unpark()
 	}
 }

@@ -695,8 +695,8 @@ type Job struct {
 	Rate       int64                  `protobuf:"varint,13,opt,name=rate,proto3" json:"rate,omitempty"`                               // bytes per second copied, lately
 	DirtyRate  int64                  `protobuf:"varint,14,opt,name=dirty_rate,json=dirtyRate,proto3" json:"dirty_rate,omitempty"`    // bytes per second dirtied by the guest, lately
 	EtaSeconds int64                  `protobuf:"varint,15,opt,name=eta_seconds,json=etaSeconds,proto3" json:"eta_seconds,omitempty"` // -1: unknown
-	// Whether the copy is expected to end at the present rates. Meaningful
-	// while the job runs.
+	// False only if the stage bulk or dirty will not end at the present rates;
+	// true as long as they are unknown.
 	Converging  bool  `protobuf:"varint,16,opt,name=converging,proto3" json:"converging,omitempty"`
 	Speed       int64 `protobuf:"varint,17,opt,name=speed,proto3" json:"speed,omitempty"` // limit in bytes per second; 0: none
 	Granularity int64 `protobuf:"varint,18,opt,name=granularity,proto3" json:"granularity,omitempty"`

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loop
+
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/uring"
+)
+
+// user_data of completions that are no blk.IO. The low half tells kicks of different eventfds apart.
+const (
+	tagWake = 1 << 62
+	tagKick = 1 << 61
+)
+
+// ringBackend does I/O with an io_uring.
+type ringBackend struct {
+	ring    *uring.Ring
+	wakeFd  int
+	kickFd  int
+	kickGen uint64 // which of the kick fds is the current one
+	rearm   []uint64
+}
+
+func newRingBackend(depth uint32) (*ringBackend, error) {
+	wakeFd, err := newEventfd()
+	if err != nil {
+		return nil, err
+	}
+	ring, err := uring.New(depth + 8)
+	if err != nil {
+		unix.Close(wakeFd) //nolint:errcheck // on the way out
+		return nil, err
+	}
+	b := &ringBackend{ring: ring, wakeFd: wakeFd, kickFd: -1}
+	ring.PollMultishot(wakeFd, tagWake)
+	return b, nil
+}
+
+func (b *ringBackend) space() int { return b.ring.Space() - 2 } // two for the polls
+
+func (b *ringBackend) start(o *blk.IO) {
+	tag := uint64(o.Tag)
+	switch o.Kind {
+	case blk.IORead, blk.IOWrite:
+		v, off := o.Next()
+		var flags uint32
+		if o.FUA && !o.File.NoSync {
+			flags = unix.RWF_DSYNC
+		}
+		// Storage that never waits would do the copy at submission, on this thread: a worker does it beside us.
+		b.ring.RW(o.Kind == blk.IOWrite, o.File.Fd, v, off, flags, o.File.Inline, tag)
+	case blk.IOSync:
+		b.ring.Datasync(o.File.Fd, tag)
+	case blk.IOFallocate:
+		b.ring.Fallocate(o.File.Fd, o.Mode, o.Off, o.Len, tag)
+	}
+}
+
+func (b *ringBackend) submit() error {
+	for len(b.rearm) > 0 && b.ring.Space() > 0 {
+		tag := b.rearm[len(b.rearm)-1]
+		b.rearm = b.rearm[:len(b.rearm)-1]
+		switch {
+		case tag == tagWake:
+			b.ring.PollMultishot(b.wakeFd, tagWake)
+		case tag == tagKick|b.kickGen && b.kickFd >= 0:
+			b.ring.PollMultishot(b.kickFd, tag)
+		}
+	}
+	return b.ring.Submit(false)
+}
+
+func (b *ringBackend) reap(l *Loop) bool {
+	any := false
+	for range l.opts.Depth {
+		c, ok := b.ring.Reap()
+		if !ok {
+			break
+		}
+		any = true
+		if c.UserData&(tagWake|tagKick) == 0 {
+			l.complete(uint32(c.UserData), int(c.Res))
+			continue
+		}
+		if c.Flags&uring.CQEMore == 0 && c.Res >= 0 {
+			b.rearm = append(b.rearm, c.UserData)
+		}
+	}
+	return any
+}
+
+func (b *ringBackend) ready() bool  { return b.ring.Ready() }
+func (b *ringBackend) sleep() error { return b.ring.Submit(true) }
+
+// watchKick leaves the poll of an earlier fd behind: it holds the kernel's file until the ring closes, and its
+// completions only wake us.
+func (b *ringBackend) watchKick(fd int) {
+	b.kickGen++
+	b.kickFd = fd
+	if fd >= 0 {
+		b.rearm = append(b.rearm, tagKick|b.kickGen)
+	}
+}
+
+func (b *ringBackend) wake() { signal(b.wakeFd) }
+
+func (b *ringBackend) close() {
+	b.ring.Close()       //nolint:errcheck // nothing is in flight
+	unix.Close(b.wakeFd) //nolint:errcheck // ours alone
+}

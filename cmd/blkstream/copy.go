@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/blkstream/blkstream/copy/control"
+)
+
+func (a *app) copyCmd() *cobra.Command {
+	var req control.CopyRequest
+	var wait bool
+	onError := []string{"stop", "report", "enospc"}
+	method := choice{value: "mirror", from: []string{"mirror", "stream"}}
+	switchMode := choice{value: "manual", from: []string{"manual", "auto"}}
+	onSource, onTarget := choice{from: onError}, choice{from: onError}
+	speed, granularity := size{name: "RATE"}, size{name: "SIZE"}
+	cmd := &cobra.Command{
+		Use:     "copy DISK TARGET",
+		Aliases: []string{"block_copy"},
+		Short:   "Copy a disk's image while its guest runs",
+		Long: `Copy a disk's image to TARGET while its guest runs.
+
+All blocks are copied once (stage bulk), then those that the guest wrote in the
+meantime (dirty), until every write goes to both images (mirror). The guest goes
+on with TARGET only after 'blkstream switch', or by itself with --switch auto.`,
+		Args:              cobra.ExactArgs(2),
+		ValidArgsFunction: a.complete(diskIDs),
+		RunE: a.with(func(ctx context.Context, c *control.Client, args []string) error {
+			req.Disk, req.Method, req.SwitchMode = args[0], method.value, switchMode.value
+			req.OnSourceError, req.OnTargetError = onSource.value, onTarget.value
+			req.Speed, req.Granularity = speed.value, granularity.value
+			var err error
+			if req.Target, err = absPath(args[1]); err != nil {
+				return err
+			}
+			if req.Base, err = absPath(req.Base); err != nil {
+				return err
+			}
+			job, err := c.Copy(ctx, &req)
+			if err != nil {
+				return err
+			}
+			if !wait {
+				return a.say(toJSONJob(job), "job %s started; follow it with: blkstream job watch %s", job.Id, job.Id)
+			}
+			job, err = a.follow(ctx, c, job.Id, a.progress(a.err), func(j *control.Job) bool {
+				return j.State == stateReady && j.SwitchMode != "auto"
+			})
+			if a.json && job != nil {
+				return errors.Join(a.printJSON(toJSONJob(job)), err)
+			}
+			if err == nil {
+				a.printOutcome(job)
+			}
+			return err
+		}),
+	}
+	f := cmd.Flags()
+	f.StringVar(&req.Format, "format", "", "format of TARGET (default: the source's)")
+	f.BoolVar(&req.Existing, "existing", false, "TARGET exists already and is overwritten; otherwise it must not exist")
+	method.addTo(cmd, "method", "mirror: copy, then switch; stream: switch at once, then copy on read")
+	f.StringVar(&req.Base, "base", "", "shared base: copy only what the chain holds above this image")
+	switchMode.addTo(cmd, "switch", "stay mirrored until 'blkstream switch', or switch when ready")
+	f.BoolVar(&req.Verify, "verify", false, "read both sides back and compare before the job may switch")
+	f.Var(&speed, "speed", "limit in bytes per second (default: none)")
+	f.Var(&granularity, "granularity", "unit in which guest writes are tracked (default: the daemon's choice)")
+	onSource.addTo(cmd, "on-source-error", "stop: pause the job; report: fail it; enospc: pause if the disk is full, else fail")
+	onTarget.addTo(cmd, "on-target-error", "likewise, for errors of TARGET")
+	f.StringVar(&req.Id, "id", "", "name of the job (default: the daemon's choice)")
+	f.BoolVar(&wait, "wait", false, "wait until the job is ready to switch, or with --switch auto, completed")
+	return cmd
+}
+
+// printOutcome says what a job that went well came to.
+func (a *app) printOutcome(job *control.Job) {
+	if job.State == stateReady {
+		fmt.Fprintf(a.out, "job %s is ready: %s is mirrored to %s\nswitch with: blkstream switch %s\n",
+			job.Id, job.Disk, job.Target, job.Disk)
+		return
+	}
+	fmt.Fprintf(a.out, "job %s is %s: %s uses %s\n", job.Id, job.State, job.Disk, job.Target)
+	if job.Message != "" {
+		fmt.Fprintln(a.out, job.Message)
+	}
+}
+
+func (a *app) switchCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:               "switch JOB|DISK",
+		Short:             "Finish a mirrored copy: the guest uses the destination only",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.complete(diskIDs, jobIDs),
+		RunE: a.with(func(ctx context.Context, c *control.Client, args []string) error {
+			resp, err := c.Switch(ctx, &control.SwitchRequest{Target: args[0]})
+			if ctx.Err() != nil {
+				return errors.New("interrupted; the switch may still take place: see 'blkstream job list'")
+			}
+			if err != nil {
+				return err
+			}
+			job := resp.GetJob()
+			if err := failure(job); err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(jsonSwitch{Job: toJSONJob(job), Message: resp.Message})
+			}
+			fmt.Fprintf(a.out, "%s uses %s now\n", job.GetDisk(), job.GetTarget())
+			if resp.Message != "" {
+				fmt.Fprintln(a.out, resp.Message)
+			}
+			return nil
+		}),
+	}
+}

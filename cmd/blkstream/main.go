@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command blkstream talks to blkstreamd: it lists, adds and copies the disks
+// of running guests, and follows and steers the jobs that do it. It uses
+// nothing but the control socket.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+// Exit statuses. Scripts rely on them.
+const (
+	exitDone   = 0
+	exitFailed = 1
+	exitUsage  = 2
+	exitJob    = 3 // the job that was waited for failed or was cancelled
+)
+
+// version is set by the linker.
+var version = "devel"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	os.Exit(newApp(os.Stdout, os.Stderr).run(ctx, os.Args[1:]))
+}
+
+// run executes one command line and returns the exit status.
+func (a *app) run(ctx context.Context, args []string) int {
+	root := a.root()
+	root.SetArgs(args)
+	cmd, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return exitDone
+	}
+	fmt.Fprintf(a.err, "blkstream: %v\n", err)
+	var job *jobError
+	var usage *usageError
+	switch {
+	case errors.As(err, &job):
+		return exitJob
+	case !a.started, errors.As(err, &usage):
+		fmt.Fprintf(a.err, "See '%s --help'.\n", cmd.CommandPath())
+		return exitUsage
+	default:
+		return exitFailed
+	}
+}
+
+// usageError is a wrong command line that the flags' parser let through.
+type usageError struct{ error }
+
+// jobError is the end of a job that did not do what it was started for.
+type jobError struct{ id, state, reason string }
+
+func (e *jobError) Error() string {
+	if e.reason == "" {
+		return fmt.Sprintf("job %s: %s", e.id, e.state)
+	}
+	return fmt.Sprintf("job %s: %s: %s", e.id, e.state, e.reason)
+}

@@ -1,0 +1,408 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package blockcopy copies the image of a running disk to another image and switches the guest to it.
+//
+// The stages, in order:
+//
+//	bulk    each block is copied once, in the disk's order; guest writes are logged in a dirty bitmap
+//	dirty   blocks that were written meanwhile are copied again, in passes, as long as a pass leaves less than it found
+//	mirror  each guest write goes to both images while the last dirty blocks are copied, so that the end comes under
+//	        any load; then, if asked, both images are compared; then the job is ready
+//	switch  on command: with the guest paused and nothing dirty the target is flushed, the switch recorded, and the
+//	        guest goes on with the target only
+//
+// A target that fails sends the job back to the dirty stage: the guest's writes are logged again.
+package blockcopy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/mirror"
+	"github.com/blkstream/blkstream/copy/job"
+)
+
+// DefaultGranularity is what a bit of the dirty bitmap stands for, in bytes.
+const DefaultGranularity = 64 << 10
+
+// Setup is what a copy works on.
+type Setup struct {
+	Graph  *blk.Graph // its root is the source
+	Target blk.Node   // at least as large; the job owns it
+	Blank  bool       // the target reads as zeros everywhere
+	// Commit records durably that the disk is on the target. The guest is paused meanwhile. After an error the disk
+	// stays on the source.
+	Commit func() error
+	// Hint tells the user what to do after the switch.
+	Hint string
+}
+
+const (
+	smallRest    = 64 << 20         // bytes: mirrored writes start when no more than this is dirty
+	shrinkFactor = 0.75             // a pass must leave less than this part of what it found
+	switchWait   = 10 * time.Second // for requests in flight
+	rangeBytes   = 64 << 20         // of zeroes at a time
+)
+
+// copier is one run.
+type copier struct {
+	Setup
+	job    *job.Job
+	opts   job.Options
+	pacer  *job.Pacer
+	filter *mirror.Node
+	size   int64
+
+	targetErr chan error // from a queue's thread: the target could not take a mirrored write
+
+	progress progress
+}
+
+// Run copies until the switch, an error or the end of ctx. The guest ends up on the target if it returns nil and on
+// the source otherwise.
+func Run(ctx context.Context, j *job.Job, s Setup) error {
+	c := &copier{Setup: s, job: j, opts: j.Record().Options, targetErr: make(chan error, 1), pacer: job.NewPacer(s.Graph)}
+	if err := c.insert(ctx); err != nil {
+		return errors.Join(err, s.Target.Close())
+	}
+	watch, stop := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { c.report(watch) })
+	err := c.stages(ctx)
+	stop()
+	wg.Wait()
+	if err != nil {
+		return errors.Join(err, c.remove(ctx))
+	}
+	return nil
+}
+
+// insert puts the filter over the source, with every queue at rest: each write from then on is logged.
+func (c *copier) insert(ctx context.Context) error {
+	return c.Graph.Change(ctx, func(tx *blk.Tx) error {
+		source := tx.Root()
+		c.size = source.Info().Size
+		if t := c.Target.Info().Size; t < c.size {
+			return fmt.Errorf("%s has %d bytes, the disk has %d: make the target larger", c.Target.Info().Name, t, c.size)
+		}
+		c.filter = mirror.New(source, c.Target, c.opts.Granularity, func(err error) {
+			select {
+			case c.targetErr <- err:
+			default: // one is enough
+			}
+		})
+		tx.SetRoot(c.filter)
+		return nil
+	})
+}
+
+// remove takes the filter away; the guest stays on the source. If the copy was complete the target is left as it
+// was at that instant.
+func (c *copier) remove(ctx context.Context) error {
+	ctx = context.WithoutCancel(ctx)
+	var flushErr error
+	err := c.Graph.Change(ctx, func(tx *blk.Tx) error {
+		tx.SetRoot(c.filter.Source())
+		consistent := c.job.Record().TargetConsistent && c.filter.Mirroring() && c.filter.Dirty.Count() == 0
+		if consistent {
+			flushErr = blk.Do(blk.NewTask(), c.Target, &blk.Request{Op: blk.OpFlush})
+			consistent = flushErr == nil
+		}
+		c.job.Update(func(r *job.Record) {
+			r.TargetConsistent = consistent
+			if consistent {
+				r.Message = fmt.Sprintf("%s is a consistent copy of the disk as of this moment; the guest stays on %s", r.Target, r.Source)
+			} else {
+				r.Message = fmt.Sprintf("%s is incomplete; the guest stays on %s", r.Target, r.Source)
+			}
+		})
+		return nil
+	})
+	if err != nil {
+		return err // the filter stays, and with it the target: the guest's writes are logged in vain
+	}
+	return errors.Join(flushErr, c.Target.Close())
+}
+
+// stages goes through them, back to dirty whenever the target failed and the user or the space let it go on.
+func (c *copier) stages(ctx context.Context) error {
+	if err := c.bulk(ctx); err != nil {
+		return err
+	}
+	for {
+		err := c.converge(ctx)
+		if err == nil {
+			err = c.verify(ctx)
+		}
+		if err == nil {
+			err = c.ready(ctx)
+		}
+		var back *targetLost
+		if !errors.As(err, &back) {
+			return err
+		}
+		if err := c.onError(ctx, c.opts.OnTargetError, back.err); err != nil {
+			return err
+		}
+	}
+}
+
+// targetLost says that a mirrored write failed on the target, so that writes are logged again.
+type targetLost struct{ err error }
+
+func (e *targetLost) Error() string { return e.err.Error() }
+func (e *targetLost) Unwrap() error { return e.err }
+
+// lost returns a targetLost if the filter has fallen back to logging.
+func (c *copier) lost() error {
+	select {
+	case err := <-c.targetErr:
+		return &targetLost{err}
+	default:
+		return nil
+	}
+}
+
+// onError does what the user asked for: nil means go on, perhaps after a pause.
+func (c *copier) onError(ctx context.Context, policy string, err error) error {
+	c.job.Update(func(r *job.Record) { r.TargetConsistent = false })
+	if policy == job.OnErrorStop || policy == job.OnErrorEnospc && blk.IsNoSpace(err) {
+		c.job.PauseFor(err)
+		gate := c.job.Gate(ctx)
+		c.lost() //nolint:errcheck // of the time before the pause: the blocks are marked
+		return gate
+	}
+	return err
+}
+
+// bulk copies what the source holds, once.
+func (c *copier) bulk(ctx context.Context) error {
+	c.job.Update(func(r *job.Record) { r.Stage = job.StageBulk })
+	t := blk.NewTask()
+	var (
+		at, end int64 // the source is all hole or all to be looked at from at to end
+		hole    bool
+	)
+	return c.copyAll(ctx, func(limit int64) (piece, error) {
+		for at < c.size {
+			if at >= end {
+				var err error
+				if end, hole, err = c.extent(t, at); err != nil {
+					return piece{}, &sourceError{err}
+				}
+			}
+			from := at
+			switch {
+			case hole && c.Blank:
+				// The dirty bits stay: what is written here from now on is copied in the dirty stage.
+				at = end
+				c.progress.bulk.Add(at - from)
+				c.progress.done.Add(at - from)
+				continue
+			case hole:
+				at += min(end-at, rangeBytes)
+			default:
+				at += min(end-at, limit)
+			}
+			c.progress.bulk.Add(at - from)
+			return piece{off: from, n: at - from, blank: c.Blank}, nil
+		}
+		return piece{}, errDone
+	})
+}
+
+// extent finds out up to where the source is all hole or not, in whole blocks. A block that is a hole only in part
+// counts as data.
+func (c *copier) extent(t *blk.Task, at int64) (end int64, hole bool, err error) {
+	e, err := c.filter.Source().Map(t, at, c.size-at)
+	if err != nil {
+		return 0, false, err
+	}
+	g := c.opts.Granularity
+	end = at + e.Len
+	if e.State == blk.Zero || e.State == blk.Unallocated {
+		if end < c.size {
+			end &^= g - 1
+		}
+		if end > at {
+			return end, true, nil
+		}
+		return at + g, false, nil
+	}
+	return (end + g - 1) &^ (g - 1), false, nil
+}
+
+// converge makes the bitmap empty with mirrored writes on.
+func (c *copier) converge(ctx context.Context) error {
+	for {
+		if !c.filter.Mirroring() {
+			if err := c.shrink(ctx); err != nil {
+				return err
+			}
+		}
+		for c.filter.Mirroring() && c.filter.Dirty.Count() > 0 {
+			if err := c.dirtyPass(ctx); err != nil {
+				return err
+			}
+		}
+		if c.filter.Mirroring() {
+			return nil
+		}
+		if err := c.lost(); err != nil {
+			return err
+		}
+	}
+}
+
+// shrink copies dirty blocks while that makes them fewer, then lets each write go to both images. From there on no
+// block becomes dirty, so the copy ends whatever the guest does.
+func (c *copier) shrink(ctx context.Context) error {
+	c.job.Update(func(r *job.Record) { r.Stage = job.StageDirty })
+	left := c.filter.Dirty.Bytes()
+	for before := int64(-1); left > smallRest && (before < 0 || float64(left) <= shrinkFactor*float64(before)); {
+		before = left
+		if err := c.dirtyPass(ctx); err != nil {
+			return err
+		}
+		left = c.filter.Dirty.Bytes()
+	}
+	if err := c.filter.Mirror(ctx, c.Graph); err != nil {
+		return err
+	}
+	c.job.Update(func(r *job.Record) {
+		r.Stage, r.Converging = job.StageMirror, true
+		if left > smallRest {
+			r.Message = "the guest writes as fast as dirty blocks are copied: its writes now go to both images, so that the copy ends"
+		}
+	})
+	return nil
+}
+
+// dirtyPass copies the blocks that are dirty, once through the disk.
+func (c *copier) dirtyPass(ctx context.Context) error {
+	var at int64
+	return c.copyAll(ctx, func(limit int64) (piece, error) {
+		off, n, ok := c.filter.Dirty.Next(at, limit)
+		if !ok {
+			return piece{}, errDone
+		}
+		at = off + n
+		return piece{off: off, n: n}, nil
+	})
+}
+
+// ready waits for the command, and switches.
+func (c *copier) ready(ctx context.Context) error {
+	c.job.Update(func(r *job.Record) {
+		r.State, r.TargetConsistent, r.Error = job.StateReady, true, ""
+		r.Message = fmt.Sprintf("both images are the same; finish with: blkstream switch %s", r.Disk)
+	})
+	for {
+		changed := c.job.Changed()
+		if c.opts.SwitchMode == "auto" || c.job.SwitchAsked() {
+			err := c.switchOver(ctx)
+			var back *targetLost
+			if err == nil || errors.As(err, &back) {
+				return c.notReady(err)
+			}
+			if c.opts.SwitchMode == "auto" {
+				return err
+			}
+			c.job.Update(func(r *job.Record) {
+				r.Stage, r.State = job.StageMirror, job.StateReady
+				r.Error = fmt.Sprintf("the switch failed, the guest is still on %s: %v", r.Source, err)
+			})
+			continue
+		}
+		select {
+		case <-changed:
+		case err := <-c.targetErr:
+			return c.notReady(&targetLost{err})
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// notReady takes the readiness back if err is not nil.
+func (c *copier) notReady(err error) error {
+	if err != nil {
+		c.job.Update(func(r *job.Record) {
+			r.State, r.Stage, r.TargetConsistent = job.StateRunning, job.StageDirty, false
+			r.Message, r.Error = "", err.Error()
+		})
+	}
+	return err
+}
+
+// switchOver moves the guest to the target. Up to Commit nothing has changed for a restart; from then on the
+// target is the disk.
+func (c *copier) switchOver(ctx context.Context) error {
+	c.job.Update(func(r *job.Record) { r.Stage = job.StageSwitch })
+	t := blk.NewTask()
+	flush := func() error { return blk.Do(t, c.Target, &blk.Request{Op: blk.OpFlush}) }
+	// Most of the flushing is done while the guest still runs.
+	if err := flush(); err != nil {
+		return c.flushFailed(err)
+	}
+	wait, cancel := context.WithTimeout(ctx, switchWait)
+	defer cancel()
+	var source blk.Node
+	err := c.Graph.Change(wait, func(tx *blk.Tx) error {
+		if !c.filter.Mirroring() || c.filter.Dirty.Count() > 0 {
+			if err := c.lost(); err != nil {
+				return err
+			}
+			return &targetLost{errors.New("the target fell behind before the switch")}
+		}
+		if err := flush(); err != nil {
+			return c.flushFailed(err)
+		}
+		if err := c.Commit(); err != nil {
+			return err
+		}
+		source = c.filter.Source()
+		tx.SetRoot(c.Target)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	c.job.Update(func(r *job.Record) { r.Message, r.Error = c.Hint, "" })
+	if err := source.Close(); err != nil {
+		c.job.Update(func(r *job.Record) {
+			r.Error = fmt.Sprintf("the guest is on %s; closing %s: %v", r.Target, r.Source, err)
+		})
+	}
+	return nil
+}
+
+// flushFailed: the host may have dropped any byte of the target since the last good flush, so all is copied again.
+func (c *copier) flushFailed(err error) error {
+	c.filter.Distrust()
+	return &targetLost{err}
+}
+
+// verify reads both images and compares them, under mirrored writes.
+func (c *copier) verify(ctx context.Context) error {
+	if !c.opts.Verify {
+		return nil
+	}
+	var at int64
+	c.job.Update(func(r *job.Record) { r.VerifiedBytes, r.Message = 0, "comparing both images" })
+	return c.workers(ctx, func(limit int64) (piece, error) {
+		if err := c.lost(); err != nil {
+			return piece{}, err
+		}
+		if at >= c.size {
+			return piece{}, errDone
+		}
+		p := piece{off: at, n: min(limit, c.size-at)}
+		at += p.n
+		return p, nil
+	}, c.compare)
+}

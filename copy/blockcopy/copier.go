@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package blockcopy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/copy/job"
+)
+
+// piece is a range to be copied: whole blocks, the last of which may end past the disk.
+type piece struct {
+	off, n int64
+	blank  bool // the target reads as zeros there
+}
+
+// errDone says that there is no further piece.
+var errDone = errors.New("done")
+
+// sourceError marks an error as the source's; all others are the target's.
+type sourceError struct{ err error }
+
+func (e *sourceError) Error() string { return e.err.Error() }
+func (e *sourceError) Unwrap() error { return e.err }
+
+// copyAll copies the pieces, several at once. An error that the user wants to survive pauses the job; the blocks
+// concerned stay dirty.
+func (c *copier) copyAll(ctx context.Context, next func(limit int64) (piece, error)) error {
+	return c.workers(ctx, next, c.copyPiece)
+}
+
+// workers runs do on every piece. next is called by one worker at a time.
+func (c *copier) workers(ctx context.Context, next func(limit int64) (piece, error), do func(*blk.Task, piece) error) error {
+	var (
+		wg    sync.WaitGroup
+		mu    sync.Mutex // guards next and first
+		first error
+	)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	fail := func(err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if first == nil {
+			first = err
+			cancel(err)
+		}
+	}
+	wg.Go(func() { c.pacer.Run(ctx) })
+	for range c.pacer.Workers() {
+		wg.Go(func() {
+			t := blk.NewTask()
+			for {
+				if err := c.step(ctx, t, &mu, next, do); err != nil {
+					fail(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if errors.Is(first, errDone) {
+		return nil
+	}
+	return first
+}
+
+// step copies one piece.
+func (c *copier) step(ctx context.Context, t *blk.Task, mu *sync.Mutex, next func(int64) (piece, error), do func(*blk.Task, piece) error) error {
+	if err := c.job.Gate(ctx); err != nil {
+		return err
+	}
+	limit, err := c.pacer.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	mu.Lock()
+	p, err := next(max(c.job.Piece(limit)&^(c.opts.Granularity-1), c.opts.Granularity))
+	mu.Unlock()
+	if err == nil {
+		err = do(t, p)
+	}
+	c.pacer.End()
+	if err == nil {
+		// Paid afterwards, outside the window, so that a slow limit holds nobody up.
+		return c.job.Limit(ctx, min(p.n, c.size-p.off))
+	}
+	var mismatch *mismatchError
+	var lost *targetLost
+	if errors.Is(err, errDone) || errors.As(err, &mismatch) || errors.As(err, &lost) {
+		return err
+	}
+	policy := c.opts.OnTargetError
+	var src *sourceError
+	if errors.As(err, &src) {
+		policy = c.opts.OnSourceError
+	}
+	return c.onError(ctx, policy, err)
+}
+
+// copyPiece copies one range. The lock is held from before the dirty bits are cleared until the copy is written,
+// and the bits are set again if anything fails: no guest write is ever forgotten or overwritten by older data.
+func (c *copier) copyPiece(t *blk.Task, p piece) (err error) {
+	held := c.filter.Lock.Lock(t, p.off, p.n)
+	defer c.filter.Lock.Unlock(held)
+	c.filter.Dirty.Clear(p.off, p.n)
+	defer func() {
+		if err != nil {
+			c.filter.Dirty.Set(p.off, p.n)
+		}
+	}()
+	end := min(p.off+p.n, c.size)
+	for off := p.off; off < end; {
+		e, err := c.filter.Source().Map(t, off, end-off)
+		if err != nil {
+			return &sourceError{err}
+		}
+		n := min(e.Len, end-off)
+		if e.State == blk.Zero || e.State == blk.Unallocated {
+			err = c.zero(t, p, off, n)
+		} else {
+			n = min(n, maxRead)
+			err = c.copyData(t, p, off, n)
+		}
+		if err != nil {
+			return err
+		}
+		off += n
+	}
+	c.progress.done.Add(end - p.off)
+	return nil
+}
+
+const (
+	maxRead  = 1 << 20
+	zeroUnit = 4096 // blocks of zeros of this size, aligned, become holes
+)
+
+func (c *copier) zero(t *blk.Task, p piece, off, n int64) error {
+	if p.blank {
+		return nil
+	}
+	return blk.Do(t, c.Target, &blk.Request{Op: blk.OpWriteZeroes, Flags: blk.Unmap, Off: off, Len: n})
+}
+
+func (c *copier) copyData(t *blk.Task, p piece, off, n int64) error {
+	buf := blk.GetBuffer(int(n))
+	defer buf.Free()
+	if err := blk.Do(t, c.filter.Source(), &blk.Request{Op: blk.OpRead, Off: off, Len: n, Data: blk.BytesVec(nil, buf.B)}); err != nil {
+		return &sourceError{err}
+	}
+	for b := buf.B; len(b) > 0; {
+		l, zero := run(b)
+		var err error
+		if zero {
+			err = c.zero(t, p, off, int64(l))
+		} else {
+			err = blk.Do(t, c.Target, &blk.Request{Op: blk.OpWrite, Off: off, Len: int64(l), Data: blk.BytesVec(nil, b[:l])})
+		}
+		if err != nil {
+			return err
+		}
+		b, off = b[l:], off+int64(l)
+	}
+	return nil
+}
+
+// run is the length of the run of units at the start of b that are all zero, or all not.
+func run(b []byte) (n int, zero bool) {
+	for n < len(b) {
+		u := b[n:min(n+zeroUnit, len(b))]
+		z := bytes.Equal(u, zeros[:len(u)])
+		if n > 0 && z != zero {
+			break
+		}
+		zero = z
+		n += len(u)
+	}
+	return n, zero
+}
+
+var zeros [zeroUnit]byte
+
+// mismatchError is fatal: the copy is not what it should be.
+type mismatchError struct{ off int64 }
+
+func (e *mismatchError) Error() string {
+	return fmt.Sprintf("verification failed: source and target differ at offset %d", e.off)
+}
+
+// compare reads a range of both images, with the guest's writes to it held back.
+func (c *copier) compare(t *blk.Task, p piece) error {
+	held := c.filter.Lock.Lock(t, p.off, p.n)
+	defer c.filter.Lock.Unlock(held)
+	if c.filter.Dirty.Any(p.off, p.n) {
+		return nil // the target failed meanwhile: all is looked at again
+	}
+	a, b := blk.GetBuffer(int(p.n)), blk.GetBuffer(int(p.n))
+	defer a.Free()
+	defer b.Free()
+	if err := blk.Do(t, c.filter.Source(), &blk.Request{Op: blk.OpRead, Off: p.off, Len: p.n, Data: blk.BytesVec(nil, a.B)}); err != nil {
+		return &sourceError{err}
+	}
+	if err := blk.Do(t, c.Target, &blk.Request{Op: blk.OpRead, Off: p.off, Len: p.n, Data: blk.BytesVec(nil, b.B)}); err != nil {
+		return err
+	}
+	if !bytes.Equal(a.B, b.B) {
+		i := 0
+		for a.B[i] == b.B[i] {
+			i++
+		}
+		return &mismatchError{p.off + int64(i)}
+	}
+	c.job.Update(func(r *job.Record) { r.VerifiedBytes += p.n })
+	return nil
+}
+
+// progress counts bytes. Each block is handed out once by the bulk stage; dirty blocks come on top.
+type progress struct {
+	bulk atomic.Int64 // handed out or skipped by the bulk stage
+	done atomic.Int64 // copied or skipped, repeats included
+}
+
+// report writes the progress into the job's record, a few times a second.
+func (c *copier) report(ctx context.Context) {
+	const every = 250 * time.Millisecond
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	var rate, dirtyRate float64
+	var lastDone, lastLeft int64
+	last := time.Now()
+	lastLeft = c.left()
+	for {
+		done := c.progress.done.Load()
+		left := c.left()
+		if dt := time.Since(last).Seconds(); dt > 0.01 {
+			smooth(&rate, float64(done-lastDone)/dt)
+			// What is left grows by what the guest dirties and shrinks by what is copied.
+			smooth(&dirtyRate, max(0, float64(left-lastLeft+done-lastDone)/dt))
+			last, lastDone, lastLeft = time.Now(), done, left
+		}
+		c.job.Update(func(r *job.Record) {
+			r.BytesDone, r.BytesTotal = done, done+left
+			r.Rate, r.DirtyRate, r.ETASeconds = int64(rate), int64(dirtyRate), -1
+			net := rate
+			if r.Stage != job.StageMirror {
+				net -= dirtyRate
+			}
+			if left == 0 {
+				r.ETASeconds = 0
+			} else if net > 1 {
+				r.ETASeconds = int64(float64(left) / net)
+			}
+			// Without mirrored writes a copy that is slower than the guest would not end.
+			r.Converging = r.Stage == job.StageMirror || rate == 0 || net > 0
+		})
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// left is what is still to be copied, in bytes.
+func (c *copier) left() int64 {
+	return max(0, c.size-c.progress.bulk.Load()) + c.filter.Dirty.Bytes()
+}
+
+func smooth(mean *float64, v float64) {
+	if *mean == 0 {
+		*mean = v
+		return
+	}
+	*mean += (v - *mean) / 8
+}

@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package job is what all jobs share: their records, stages and states, the commands that reach them, the pace at
+// which they work, the journal, and the manager.
+package job
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// Stages of a copy.
+const (
+	StageBulk   = "bulk"
+	StageDirty  = "dirty"
+	StageMirror = "mirror"
+	StageSwitch = "switch"
+)
+
+// States of a job.
+const (
+	StateRunning   = "running"
+	StateReady     = "ready"
+	StatePaused    = "paused"
+	StateCompleted = "completed"
+	StateFailed    = "failed"
+	StateCancelled = "cancelled"
+)
+
+// What to do about an I/O error.
+const (
+	OnErrorReport = "report" // the job fails
+	OnErrorStop   = "stop"   // the job pauses
+	OnErrorEnospc = "enospc" // the job pauses when the storage is full and fails otherwise
+)
+
+// Ended reports whether a job in this state is over.
+func Ended(state string) bool {
+	return state == StateCompleted || state == StateFailed || state == StateCancelled
+}
+
+// Record is all that is known of a job. It is what users see and what the journal keeps. Sizes are bytes, rates
+// bytes a second, times milliseconds since the epoch.
+type Record struct {
+	ID     string `json:"id"`
+	Kind   string `json:"kind"`
+	Disk   string `json:"disk"`
+	Source string `json:"source"`
+	Target string `json:"target"`
+	Format string `json:"format"`
+
+	Stage   string `json:"stage"`
+	State   string `json:"state"`
+	Error   string `json:"error,omitempty"`
+	Message string `json:"message,omitempty"`
+
+	BytesDone     int64 `json:"bytes_done"`
+	BytesTotal    int64 `json:"bytes_total"`
+	Rate          int64 `json:"rate"`
+	DirtyRate     int64 `json:"dirty_rate"`
+	ETASeconds    int64 `json:"eta_seconds"` // -1: unknown
+	Converging    bool  `json:"converging"`
+	VerifiedBytes int64 `json:"verified_bytes"`
+
+	// TargetConsistent: the target holds the disk as it was at one instant, the present or the job's end.
+	TargetConsistent bool `json:"target_consistent"`
+
+	Options
+	StartedMS int64 `json:"started_ms"`
+	EndedMS   int64 `json:"ended_ms"`
+}
+
+// Options are what the user asked of a copy.
+type Options struct {
+	Method        string `json:"method"`
+	Existing      bool   `json:"existing"`
+	SwitchMode    string `json:"switch_mode"`
+	Verify        bool   `json:"verify"`
+	Speed         int64  `json:"speed"` // 0: no limit
+	Granularity   int64  `json:"granularity"`
+	OnSourceError string `json:"on_source_error"`
+	OnTargetError string `json:"on_target_error"`
+}
+
+// ErrState says that a command does not fit the job's state.
+var ErrState = errors.New("not possible in this state")
+
+// errShutdown is the cause of a context that ends because the daemon does: the job's record stays as it is.
+var errShutdown = errors.New("the daemon stops")
+
+// Job is one job. Users command it, its runner asks what they want.
+type Job struct {
+	store   *Store
+	cancel  context.CancelCauseFunc
+	done    chan struct{}
+	limiter *rate.Limiter
+
+	mu        sync.Mutex
+	rec       Record
+	before    string        // the state to go back to after a pause
+	switching bool          // the user asked for the switch
+	changed   chan struct{} // closed and replaced when rec changes
+}
+
+// Record is the job as it is now.
+func (j *Job) Record() Record {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.rec
+}
+
+// Changed is closed when the job has changed since.
+func (j *Job) Changed() <-chan struct{} {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.changed
+}
+
+// Done is closed when the job is over and its record written.
+func (j *Job) Done() <-chan struct{} { return j.done }
+
+// Update changes the record. A new stage, state or error is durable when Update returns; an error of the journal
+// is kept in the record's error.
+func (j *Job) Update(fn func(*Record)) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.updateLocked(fn)
+}
+
+func (j *Job) updateLocked(fn func(*Record)) {
+	old := j.rec
+	fn(&j.rec)
+	if old.Stage != j.rec.Stage || old.State != j.rec.State || old.Error != j.rec.Error || old.Options != j.rec.Options {
+		if err := j.store.Save(jobs, j.rec.ID, &j.rec); err != nil && j.rec.Error == "" {
+			j.rec.Error = err.Error()
+		}
+	}
+	close(j.changed)
+	j.changed = make(chan struct{})
+}
+
+// Commands.
+
+// Pause stops the copying; guest writes go on being tracked.
+func (j *Job) Pause() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	switch j.rec.State {
+	case StatePaused:
+		return nil
+	case StateRunning:
+		j.pauseLocked("")
+		return nil
+	default:
+		return fmt.Errorf("job %s is %s, only a running job can be paused: %w", j.rec.ID, j.rec.State, ErrState)
+	}
+}
+
+func (j *Job) pauseLocked(reason string) {
+	j.before = j.rec.State
+	j.updateLocked(func(r *Record) {
+		r.State, r.Error = StatePaused, reason
+		r.Rate, r.ETASeconds = 0, -1
+		r.Message = fmt.Sprintf("go on with: blkstream job resume %s", r.ID)
+	})
+}
+
+// Resume goes on after a pause, by the user or by an error.
+func (j *Job) Resume() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	switch j.rec.State {
+	case StatePaused:
+		j.updateLocked(func(r *Record) { r.State, r.Error, r.Message = j.before, "", "" })
+		return nil
+	case StateRunning:
+		return nil
+	default:
+		return fmt.Errorf("job %s is %s, only a paused job can be resumed: %w", j.rec.ID, j.rec.State, ErrState)
+	}
+}
+
+// Cancel ends the job and waits for that. The guest stays where it is.
+func (j *Job) Cancel(ctx context.Context) error {
+	if r := j.Record(); Ended(r.State) {
+		return fmt.Errorf("job %s is already %s: %w", r.ID, r.State, ErrState)
+	}
+	j.cancel(context.Canceled)
+	select {
+	case <-j.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// SetSpeed limits the copying, in bytes a second; 0: no limit.
+func (j *Job) SetSpeed(n int64) error {
+	if n < 0 {
+		return fmt.Errorf("a speed of %d: it cannot be negative", n)
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if Ended(j.rec.State) {
+		return fmt.Errorf("job %s is already %s: %w", j.rec.ID, j.rec.State, ErrState)
+	}
+	j.updateLocked(func(r *Record) { r.Speed = n })
+	setLimit(j.limiter, n)
+	return nil
+}
+
+// AskSwitch asks for the switch of a job that is ready.
+func (j *Job) AskSwitch() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.rec.State != StateReady {
+		return fmt.Errorf("job %s is %s in stage %s, the switch needs it to be ready: %w", j.rec.ID, j.rec.State, j.rec.Stage, ErrState)
+	}
+	j.switching = true
+	j.updateLocked(func(*Record) {})
+	return nil
+}
+
+// The runner's side.
+
+// SwitchAsked reports whether the user asked for the switch, and forgets it.
+func (j *Job) SwitchAsked() bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	asked := j.switching
+	j.switching = false
+	return asked
+}
+
+// PauseFor pauses the job because of an error.
+func (j *Job) PauseFor(err error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.rec.State == StateRunning || j.rec.State == StateReady {
+		j.pauseLocked(err.Error())
+		j.before = StateRunning
+	}
+}
+
+// Gate waits while the job is paused.
+func (j *Job) Gate(ctx context.Context) error {
+	for {
+		j.mu.Lock()
+		paused, changed := j.rec.State == StatePaused, j.changed
+		j.mu.Unlock()
+		if !paused {
+			return context.Cause(ctx)
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// Limit waits until n more bytes may be copied.
+func (j *Job) Limit(ctx context.Context, n int64) error {
+	for n > 0 {
+		burst := j.limiter.Burst()
+		k := int(min(n, int64(burst)))
+		if err := j.limiter.WaitN(ctx, k); err != nil {
+			if cause := context.Cause(ctx); cause != nil {
+				return cause
+			}
+			continue // the burst shrank meanwhile
+		}
+		n -= int64(k)
+	}
+	return nil
+}
+
+// Piece is how many bytes to copy at a time so that the speed limit works smoothly: at most most.
+func (j *Job) Piece(most int64) int64 { return min(most, int64(j.limiter.Burst())) }
+
+// setLimit keeps the burst at a twentieth of a second, so that a limit never shows as bursts and pauses.
+func setLimit(l *rate.Limiter, speed int64) {
+	if speed <= 0 {
+		l.SetLimit(rate.Inf)
+		l.SetBurst(1 << 30)
+		return
+	}
+	l.SetBurst(int(min(max(speed/20, 4096), 1<<30)))
+	l.SetLimit(rate.Limit(speed))
+}
+
+func (j *Job) finish(err error, ctxErr error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if err != nil && errors.Is(ctxErr, errShutdown) {
+		return // the next daemon goes on with it
+	}
+	j.updateLocked(func(r *Record) {
+		r.EndedMS = time.Now().UnixMilli()
+		r.Rate, r.DirtyRate, r.ETASeconds = 0, 0, 0
+		switch {
+		case err == nil:
+			r.State, r.Error = StateCompleted, ""
+		case ctxErr != nil:
+			r.State = StateCancelled
+		default:
+			r.State, r.Error = StateFailed, err.Error()
+		}
+	})
+}

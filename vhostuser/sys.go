@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package vhostuser
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// closeFD closes fd unless it is -1. There is nothing to be done about an error: the descriptor is gone anyway.
+func closeFD(fd int) {
+	if fd >= 0 {
+		_ = unix.Close(fd)
+	}
+}
+
+// memfd creates shared memory of size bytes, all zero.
+func memfd(name string, size int64) (int, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("create memfd: %w", err)
+	}
+	if err := unix.Ftruncate(fd, size); err != nil {
+		closeFD(fd)
+		return -1, fmt.Errorf("size memfd to %d: %w", size, err)
+	}
+	return fd, nil
+}
+
+// checkFileSize says whether fd is a file (or a memfd) that has the bytes [off, off+size). The file can still be
+// truncated later: touching the mapping then raises SIGBUS, which debug.SetPanicOnFault makes recoverable.
+func checkFileSize(fd int, off, size uint64) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return fmt.Errorf("fstat: %w", err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return errors.New("not a regular file")
+	}
+	if have := uint64(st.Size); off > have || size > have-off {
+		return fmt.Errorf("[%#x, +%#x) is not within the file's %#x bytes", off, size, have)
+	}
+	return nil
+}
+
+// checkEvent refuses what cannot be a kick, call or error descriptor. The specification allows eventfds, whose mode
+// has no file type, and pipes. A regular file would always be readable and have a queue spin on it.
+func checkEvent(fd int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return fmt.Errorf("fstat: %w", err)
+	}
+	if t := st.Mode & unix.S_IFMT; t != 0 && t != unix.S_IFIFO {
+		return errors.New("neither an eventfd nor a pipe")
+	}
+	return nil
+}
+
+// checkStream refuses what is not a stream socket.
+func checkStream(fd int) error {
+	t, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	if err != nil {
+		return fmt.Errorf("not a socket: %w", err)
+	}
+	if t != unix.SOCK_STREAM {
+		return errors.New("not a stream socket")
+	}
+	return nil
+}
+
+// signal adds one to an eventfd. It is skipped when the write would block: the other side then has a signal pending.
+func signal(fd int) {
+	if fd < 0 {
+		return
+	}
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+	if n, err := unix.Poll(p, 0); n != 1 || err != nil || p[0].Revents&unix.POLLOUT == 0 {
+		return
+	}
+	_, _ = unix.Write(fd, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+}
+
+// sendNoWait sends b on a socket of whatever mode, without waiting for a peer that does not read.
+func sendNoWait(fd int, b []byte) error {
+	_, err := syscall.SendmsgN(fd, b, nil, nil, syscall.MSG_DONTWAIT|syscall.MSG_NOSIGNAL)
+	return err
+}
