@@ -58,7 +58,7 @@ demo: setup build ## copy the disk of a running guest, and switch it
 	$(GO) run ./test/demo
 
 soak: setup ## crash the daemon under a guest, again and again, for SOAKTIME (default 10m)
-	BLKSTREAM_SOAK=$(SOAKTIME) $(GO) test -count=1 -timeout 0 -v -run '^TestSoak$$' ./test/e2e
+	BLKSTREAM_SOAK=$(SOAKTIME) $(GO) test -count=1 -timeout 0 -v -run '^TestKillUnderLoad$$' ./test/e2e
 
 clean: ## remove what was built and downloaded
 	rm -rf bin .cache

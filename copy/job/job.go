@@ -222,8 +222,15 @@ func (j *Job) AskSwitch() error {
 		return fmt.Errorf("job %s is %s in stage %s, the switch needs it to be ready: %w", j.rec.ID, j.rec.State, j.rec.Stage, ErrState)
 	}
 	j.switching = true
-	j.updateLocked(func(*Record) {})
+	j.updateLocked(func(r *Record) { r.Error = "" })
 	return nil
+}
+
+// Switching reports whether a switch that the user asked for has not been tried yet.
+func (j *Job) Switching() bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.switching
 }
 
 // The runner's side.

@@ -108,6 +108,9 @@ func New(g *blk.Graph, size int64, o Options) *Device {
 // SetSize changes the capacity. Telling the driver is the caller's (vhostuser.Server.ConfigChanged).
 func (d *Device) SetSize(size int64) { d.size.Store(size) }
 
+// Size is the capacity in bytes.
+func (d *Device) Size() int64 { return d.size.Load() }
+
 // Features implements vhostuser.Device.
 func (d *Device) Features() uint64 {
 	f := uint64(featSizeMax | featSegMax | featBlkSize | featFlush | featTopology | featMQ | featIndirect | featEventIdx | featVersion1)

@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/file"
+	"github.com/blkstream/blkstream/blk/raw"
+	"github.com/blkstream/blkstream/config"
+	"github.com/blkstream/blkstream/copy/control"
+	"github.com/blkstream/blkstream/vhostuser"
+	"github.com/blkstream/blkstream/vhostuser/vblk"
+)
+
+// record is what the state directory keeps of a disk: the one truth about which image it is on. Replacing it is the
+// switch: before, a restart finds the disk on the old image, afterwards on the new one.
+type record struct {
+	Image  string `json:"image"`
+	Format string `json:"format"`
+	// Moved are the images that the disk was on before, oldest first. A configuration that still names one of them
+	// is out of date.
+	Moved []string `json:"moved,omitempty"`
+	// Added is the whole specification of a disk that was added at run time.
+	Added *config.Disk `json:"added,omitempty"`
+}
+
+const recordKind = "disks"
+
+// disk is one disk that is served.
+type disk struct {
+	d      *Daemon
+	spec   config.Disk // as configured or added
+	graph  *blk.Graph
+	dev    *vblk.Device
+	server *vhostuser.Server
+	cancel context.CancelFunc
+	served chan struct{} // closed when the socket is served no more
+
+	mu  sync.Mutex
+	rec record
+}
+
+// defaultPoll is how long a queue looks for work before it sleeps when the configuration does not say: QEMU's
+// default for an iothread.
+const defaultPoll = 32 * time.Microsecond
+
+func (d *Daemon) ctx() context.Context { return context.Background() }
+
+// startConfigured serves a disk of the configuration from the image that it is on, which is another one than
+// configured after a switch.
+func (d *Daemon) startConfigured(spec config.Disk) error {
+	var r record
+	found, err := d.store.Load(recordKind, spec.ID, &r)
+	if err != nil {
+		return err
+	}
+	r.Added = nil
+	switch {
+	case found && spec.Image != r.Image && slices.Contains(r.Moved, spec.Image):
+		// Served from where it was moved to; warning says so.
+	case found && spec.Image != r.Image && len(r.Moved) > 0:
+		return fmt.Errorf("%s:%d: disk %q was moved to %s, but the configuration names %s, which it has never been on: "+
+			"write image = %q, or, if you are sure that %s holds the disk, remove %s/%s/%s.json",
+			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, spec.Image, r.Image, spec.Image,
+			d.file.Daemon.StateDir, recordKind, spec.ID)
+	default:
+		r = record{Image: spec.Image, Format: spec.Format}
+		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
+			return err
+		}
+	}
+	k, err := d.startDisk(spec, r)
+	if err != nil {
+		return fmt.Errorf("%s:%d: disk %q: %w", d.file.Path, d.file.ImageLine(spec.ID), spec.ID, err)
+	}
+	if w := k.warning(); w != "" {
+		d.opts.Log.Warn(w, "disk", spec.ID)
+	}
+	return nil
+}
+
+// startAdded serves the disks that were added to an earlier daemon at run time.
+func (d *Daemon) startAdded() error {
+	ids, err := d.store.IDs(recordKind)
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		var r record
+		if _, err := d.store.Load(recordKind, id, &r); err != nil {
+			return err
+		}
+		if r.Added == nil {
+			continue
+		}
+		if _, err := d.startDisk(*r.Added, r); err != nil {
+			return fmt.Errorf("disk %q, which was added at run time: %w; to forget it remove %s/%s/%s.json",
+				id, err, d.file.Daemon.StateDir, recordKind, id)
+		}
+	}
+	return nil
+}
+
+// openImage opens an image and its format.
+func (d *Daemon) openImage(image, format string, spec *config.Disk) (*raw.Node, error) {
+	if err := config.CheckRoots(image, d.file.Daemon.ImageRoots); err != nil {
+		return nil, control.Errorf(control.ErrInvalid, "%w", err)
+	}
+	if format != "raw" {
+		return nil, control.Errorf(control.ErrUnsupported, "%s: format %q is not supported", image, format)
+	}
+	f, err := file.Open(image, file.Options{
+		ReadOnly: spec.ReadOnly,
+		Direct:   spec.Cache == "none",
+		NoSync:   spec.Cache == "unsafe",
+		Align:    int64(spec.BlockSize),
+	})
+	if err != nil {
+		if errors.Is(err, file.ErrInUse) {
+			err = control.Errorf(control.ErrPrecondition, "%w", err)
+		}
+		return nil, err
+	}
+	for _, w := range f.Warnings() {
+		d.opts.Log.Warn(w, "image", image)
+	}
+	return raw.Open(f), nil
+}
+
+// startDisk opens the image and serves the socket.
+func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
+	root, err := d.openImage(r.Image, r.Format, &spec)
+	if err != nil {
+		return nil, err
+	}
+	size := root.Info().Size
+	if size%int64(spec.BlockSize) != 0 {
+		return nil, errors.Join(control.Errorf(control.ErrInvalid, "%s: its size, %d bytes, is not a multiple of block_size %d",
+			r.Image, size, spec.BlockSize), root.Close())
+	}
+	k := &disk{d: d, spec: spec, rec: r, graph: blk.NewGraph(root), served: make(chan struct{})}
+	poll := defaultPoll
+	if spec.PollUS > 0 {
+		poll = time.Duration(spec.PollUS) * time.Microsecond
+	}
+	k.dev = vblk.New(k.graph, size, vblk.Options{
+		ID: spec.ID, Serial: spec.Serial, Queues: spec.Queues, Depth: spec.QueueSize, BlockSize: spec.BlockSize,
+		ReadOnly: spec.ReadOnly, Discard: spec.Discard, WriteThrough: spec.Cache == "writethrough",
+		PollMax: poll, NoURing: os.Getenv("BLKSTREAM_NO_URING") != "", Log: d.opts.Log,
+	})
+	k.server = vhostuser.NewServer(k.dev, vhostuser.Options{Logger: d.opts.Log.With("disk", spec.ID)})
+	if err := k.serve(); err != nil {
+		return nil, errors.Join(err, root.Close())
+	}
+	d.mu.Lock()
+	d.disks[spec.ID] = k
+	d.mu.Unlock()
+	return k, nil
+}
+
+// serve listens on the disk's socket, or takes the one that was inherited.
+func (k *disk) serve() error {
+	var ctx context.Context
+	ctx, k.cancel = context.WithCancel(k.d.ctx())
+	var serve func() error
+	if n, ok := strings.CutPrefix(k.spec.Socket, "fd:"); ok {
+		fd, err := strconv.Atoi(n)
+		if err != nil {
+			return control.Errorf(control.ErrInvalid, "socket %q: not a number", k.spec.Socket)
+		}
+		listens, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+		if err != nil {
+			return fmt.Errorf("socket %q: %w", k.spec.Socket, err)
+		}
+		f := os.NewFile(uintptr(fd), k.spec.Socket)
+		defer f.Close()
+		if listens == 0 {
+			c, err := net.FileConn(f)
+			if err != nil {
+				return fmt.Errorf("socket %q: %w", k.spec.Socket, err)
+			}
+			u, ok := c.(*net.UnixConn)
+			if !ok {
+				return fmt.Errorf("socket %q: not a Unix socket", k.spec.Socket)
+			}
+			serve = func() error {
+				defer close(k.d.end)
+				return k.server.ServeConn(ctx, u)
+			}
+		} else {
+			l, err := net.FileListener(f)
+			if err != nil {
+				return fmt.Errorf("socket %q: %w", k.spec.Socket, err)
+			}
+			u, ok := l.(*net.UnixListener)
+			if !ok {
+				return fmt.Errorf("socket %q: not a Unix socket", k.spec.Socket)
+			}
+			serve = func() error { return k.server.ServeListener(ctx, u) }
+		}
+	} else {
+		l, err := vhostuser.Listen(k.spec.Socket)
+		if err != nil {
+			return err
+		}
+		serve = func() error { return k.server.ServeListener(ctx, l) }
+	}
+	k.d.wg.Go(func() {
+		defer close(k.served)
+		if err := serve(); err != nil && ctx.Err() == nil {
+			k.d.opts.Log.Error("the disk's socket failed", "disk", k.spec.ID, "err", err)
+		}
+	})
+	return nil
+}
+
+// stop drains the guest's requests and closes the image.
+func (k *disk) stop() error {
+	k.cancel()
+	err := k.server.Close()
+	<-k.served
+	k.d.mu.Lock()
+	delete(k.d.disks, k.spec.ID)
+	k.d.mu.Unlock()
+	if k.dev.Running() > 0 {
+		return errors.Join(err, fmt.Errorf("disk %q: requests are still in flight, its image stays open", k.spec.ID))
+	}
+	var root blk.Node
+	k.graph.View(func(n blk.Node) { root = n })
+	// Whatever the guest was promised is durable by its own flushes; this is for those who never flush.
+	if !root.Info().ReadOnly {
+		err = errors.Join(err, blk.Do(blk.NewTask(), root, &blk.Request{Op: blk.OpFlush}))
+	}
+	return errors.Join(err, root.Close())
+}
+
+func (k *disk) record() record {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.rec
+}
+
+// moveTo records durably that the disk is on another image. If the journal fails half-way the old record is
+// written again, so that there is no doubt.
+func (k *disk) moveTo(image, format string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	r := k.rec
+	r.Moved = append(slices.Clone(slices.DeleteFunc(slices.Clone(r.Moved), func(s string) bool { return s == image || s == r.Image })), r.Image)
+	r.Image, r.Format = image, format
+	if err := k.d.store.Save(recordKind, k.spec.ID, &r); err != nil {
+		return errors.Join(err, k.d.store.Save(recordKind, k.spec.ID, &k.rec))
+	}
+	k.rec = r
+	return nil
+}
+
+// warning says what the operator should change, after a switch.
+func (k *disk) warning() string {
+	r := k.record()
+	if r.Added != nil || r.Image == k.spec.Image {
+		return ""
+	}
+	return k.hint(r.Image, r.Format)
+}
+
+func (k *disk) hint(image, format string) string {
+	if k.record().Added != nil {
+		return fmt.Sprintf("the disk is on %s", image)
+	}
+	if format != k.spec.Format {
+		image += fmt.Sprintf("\" and format = %q", format)
+	} else {
+		image += `"`
+	}
+	return fmt.Sprintf(`the disk has moved: change line %d of %s to image = "%s`, k.d.file.ImageLine(k.spec.ID), k.d.file.Path, image)
+}
+
+// resize changes the image's size and tells the guest.
+func (k *disk) resize(ctx context.Context, size int64) error {
+	if size <= 0 || size%int64(k.spec.BlockSize) != 0 {
+		return control.Errorf(control.ErrInvalid, "a size of %d: it must be a multiple of %d", size, k.spec.BlockSize)
+	}
+	if k.spec.ReadOnly {
+		return control.Errorf(control.ErrPrecondition, "disk %q is read-only", k.spec.ID)
+	}
+	err := k.graph.Change(ctx, func(tx *blk.Tx) error {
+		root, ok := tx.Root().(*raw.Node)
+		if !ok {
+			return control.Errorf(control.ErrPrecondition, "disk %q: a job works on it, wait for its end or cancel it", k.spec.ID)
+		}
+		if old := root.Info().Size; size < old {
+			return control.Errorf(control.ErrInvalid, "disk %q has %d bytes: making it smaller would cut data off", k.spec.ID, old)
+		}
+		return root.Resize(blk.NewTask(), size, false)
+	})
+	if err != nil {
+		return err
+	}
+	k.dev.SetSize(size)
+	k.server.ConfigChanged()
+	return nil
+}

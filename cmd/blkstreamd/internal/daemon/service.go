@@ -1,0 +1,319 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/blkstream/blkstream/config"
+	"github.com/blkstream/blkstream/copy/control"
+	"github.com/blkstream/blkstream/copy/job"
+)
+
+// service is what the control socket offers.
+type service struct{ d *Daemon }
+
+var _ control.ControlService = (*service)(nil)
+
+// changeWait bounds how long a command waits for a guest's requests in flight.
+const changeWait = 30 * time.Second
+
+// kind makes an error of the jobs one of the control socket's.
+func kind(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, job.ErrNotFound):
+		return control.Errorf(control.ErrNotFound, "%w", err)
+	case errors.Is(err, job.ErrExists):
+		return control.Errorf(control.ErrExists, "%w", err)
+	case errors.Is(err, job.ErrState):
+		return control.Errorf(control.ErrPrecondition, "%w", err)
+	default:
+		return err
+	}
+}
+
+// Disks.
+
+func (s *service) DiskList(context.Context, *control.DiskListRequest) (*control.DiskListResponse, error) {
+	r := &control.DiskListResponse{}
+	for _, k := range s.d.list() {
+		r.Disks = append(r.Disks, s.disk(k))
+	}
+	return r, nil
+}
+
+func (s *service) disk(k *disk) *control.Disk {
+	rec, st := k.record(), k.dev.Stats()
+	o := &control.Disk{
+		Id: k.spec.ID, Image: rec.Image, Format: rec.Format, Socket: k.spec.Socket, Size: k.dev.Size(),
+		Queues: uint32(k.spec.Queues), QueueSize: uint32(k.spec.QueueSize), ReadOnly: k.spec.ReadOnly, Cache: k.spec.Cache,
+		BlockSize: uint32(k.spec.BlockSize), Serial: k.spec.Serial, State: "idle", Warning: k.warning(),
+		Stats: &control.DiskStats{
+			Reads: st.Reads, Writes: st.Writes, Flushes: st.Flushes,
+			BytesRead: st.BytesRead, BytesWritten: st.BytesWritten, Errors: st.Errors,
+		},
+	}
+	if rec.Added == nil {
+		o.ConfiguredImage = k.spec.Image
+	}
+	if k.dev.Running() > 0 {
+		o.State = "connected"
+	}
+	if s.d.jobs != nil {
+		for _, j := range s.d.jobs.List() {
+			if r := j.Record(); r.Disk == k.spec.ID {
+				o.Jobs = append(o.Jobs, r.ID)
+			}
+		}
+	}
+	return o
+}
+
+func (s *service) show(k *disk) *control.Disk {
+	o := s.disk(k)
+	o.Graph = k.graph.String()
+	return o
+}
+
+func (s *service) DiskShow(_ context.Context, r *control.DiskShowRequest) (*control.Disk, error) {
+	k, err := s.d.find(r.Id)
+	if err != nil {
+		return nil, err
+	}
+	return s.show(k), nil
+}
+
+func (s *service) DiskAdd(_ context.Context, r *control.DiskAddRequest) (*control.Disk, error) {
+	s.d.changes.Lock()
+	defer s.d.changes.Unlock()
+	spec := config.NewDisk()
+	spec.ID, spec.Socket, spec.Image, spec.Format = r.Id, r.Socket, r.Image, r.Format
+	spec.ReadOnly, spec.Serial, spec.PollUS = r.ReadOnly, r.Serial, int(r.PollUs)
+	if r.Queues != 0 {
+		spec.Queues = int(r.Queues)
+	}
+	if r.QueueSize != 0 {
+		spec.QueueSize = int(r.QueueSize)
+	}
+	if r.Cache != "" {
+		spec.Cache = r.Cache
+	}
+	if r.BlockSize != 0 {
+		spec.BlockSize = int(r.BlockSize)
+	}
+	if r.Discard != nil {
+		spec.Discard = *r.Discard
+	}
+	if err := spec.Validate(); err != nil {
+		return nil, control.Errorf(control.ErrInvalid, "%w", err)
+	}
+	for _, k := range s.d.list() {
+		if k.spec.ID == spec.ID {
+			return nil, control.Errorf(control.ErrExists, "there is a disk %q already", spec.ID)
+		}
+		if k.spec.Socket == spec.Socket {
+			return nil, control.Errorf(control.ErrExists, "disk %q has the socket %s already", k.spec.ID, spec.Socket)
+		}
+	}
+	if err := s.d.unused(spec.Image); err != nil {
+		return nil, err
+	}
+	rec := record{Image: spec.Image, Format: spec.Format, Added: &spec}
+	k, err := s.d.startDisk(spec, rec)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.d.store.Save(recordKind, spec.ID, &rec); err != nil {
+		return nil, errors.Join(err, k.stop())
+	}
+	return s.show(k), nil
+}
+
+func (s *service) DiskRemove(_ context.Context, r *control.DiskRemoveRequest) (*control.DiskRemoveResponse, error) {
+	s.d.changes.Lock()
+	defer s.d.changes.Unlock()
+	k, err := s.d.find(r.Id)
+	if err != nil {
+		return nil, err
+	}
+	if j := s.d.jobs.OnDisk(r.Id); j != nil {
+		return nil, control.Errorf(control.ErrPrecondition, "job %s works on disk %q: wait for its end or cancel it", j.Record().ID, r.Id)
+	}
+	if k.dev.Running() > 0 {
+		return nil, control.Errorf(control.ErrPrecondition, "a guest uses disk %q: unplug it there first", r.Id)
+	}
+	if k.record().Added != nil {
+		if err := s.d.store.Delete(recordKind, r.Id); err != nil {
+			return nil, err
+		}
+	}
+	return &control.DiskRemoveResponse{}, k.stop()
+}
+
+func (s *service) DiskResize(ctx context.Context, r *control.DiskResizeRequest) (*control.Disk, error) {
+	s.d.changes.Lock()
+	defer s.d.changes.Unlock()
+	k, err := s.d.find(r.Id)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, changeWait)
+	defer cancel()
+	if err := k.resize(ctx, r.Size); err != nil {
+		return nil, err
+	}
+	return s.show(k), nil
+}
+
+// Jobs.
+
+func (s *service) Copy(_ context.Context, r *control.CopyRequest) (*control.Job, error) {
+	j, err := s.d.copy(r)
+	if err != nil {
+		return nil, kind(err)
+	}
+	return message(j.Record()), nil
+}
+
+// find takes the name of a job or of a disk that one works on.
+func (s *service) find(name string) (*job.Job, error) {
+	if j, err := s.d.jobs.Get(name); err == nil {
+		return j, nil
+	}
+	if j := s.d.jobs.OnDisk(name); j != nil {
+		return j, nil
+	}
+	if _, err := s.d.find(name); err == nil {
+		return nil, control.Errorf(control.ErrPrecondition, "no job works on disk %q", name)
+	}
+	return nil, control.Errorf(control.ErrNotFound, "there is no job or disk %q", name)
+}
+
+func (s *service) Switch(ctx context.Context, r *control.SwitchRequest) (*control.SwitchResponse, error) {
+	j, err := s.find(r.Target)
+	if err != nil {
+		return nil, err
+	}
+	if err := j.AskSwitch(); err != nil {
+		return nil, kind(err)
+	}
+	for {
+		changed := j.Changed()
+		select {
+		case <-j.Done():
+			rec := j.Record()
+			if rec.State != job.StateCompleted {
+				return nil, control.Errorf(control.ErrPrecondition, "job %s is %s: %s", rec.ID, rec.State, rec.Error)
+			}
+			return &control.SwitchResponse{Job: message(rec), Message: rec.Message}, nil
+		default:
+		}
+		// A switch that did not happen clears the request and says why.
+		if rec := j.Record(); rec.Error != "" && !j.Switching() {
+			return nil, control.Errorf(control.ErrPrecondition, "%s", rec.Error)
+		}
+		select {
+		case <-changed:
+		case <-j.Done():
+		case <-ctx.Done():
+			return nil, fmt.Errorf("the switch goes on: %w", ctx.Err())
+		}
+	}
+}
+
+func (s *service) JobList(context.Context, *control.JobListRequest) (*control.JobListResponse, error) {
+	r := &control.JobListResponse{}
+	for _, j := range s.d.jobs.List() {
+		r.Jobs = append(r.Jobs, message(j.Record()))
+	}
+	return r, nil
+}
+
+func (s *service) JobShow(_ context.Context, r *control.JobShowRequest) (*control.Job, error) {
+	return s.command(r.Id, func(*job.Job) error { return nil })
+}
+
+// command runs fn on a job and returns the job as it is then.
+func (s *service) command(id string, fn func(*job.Job) error) (*control.Job, error) {
+	j, err := s.d.jobs.Get(id)
+	if err == nil {
+		err = fn(j)
+	}
+	if err != nil {
+		return nil, kind(err)
+	}
+	return message(j.Record()), nil
+}
+
+func (s *service) JobPause(_ context.Context, r *control.JobPauseRequest) (*control.Job, error) {
+	return s.command(r.Id, (*job.Job).Pause)
+}
+
+func (s *service) JobResume(_ context.Context, r *control.JobResumeRequest) (*control.Job, error) {
+	return s.command(r.Id, (*job.Job).Resume)
+}
+
+func (s *service) JobCancel(ctx context.Context, r *control.JobCancelRequest) (*control.Job, error) {
+	return s.command(r.Id, func(j *job.Job) error { return j.Cancel(ctx) })
+}
+
+func (s *service) JobSpeed(_ context.Context, r *control.JobSpeedRequest) (*control.Job, error) {
+	if r.Speed < 0 {
+		return nil, control.Errorf(control.ErrInvalid, "speed %d: it cannot be negative", r.Speed)
+	}
+	return s.command(r.Id, func(j *job.Job) error { return j.SetSpeed(r.Speed) })
+}
+
+func (s *service) JobDismiss(_ context.Context, r *control.JobDismissRequest) (*control.JobDismissResponse, error) {
+	if err := s.d.jobs.Dismiss(r.Id); err != nil {
+		return nil, kind(err)
+	}
+	return &control.JobDismissResponse{}, nil
+}
+
+// JobWatch sends each change of stage or state at once and the progress about once a second.
+func (s *service) JobWatch(ctx context.Context, r *control.JobWatchRequest, stream control.Control_JobWatchServer) error {
+	j, err := s.d.jobs.Get(r.Id)
+	if err != nil {
+		return kind(err)
+	}
+	var last job.Record
+	var sent time.Time
+	for {
+		changed, rec := j.Changed(), j.Record()
+		if rec.Stage != last.Stage || rec.State != last.State || rec.Error != last.Error || time.Since(sent) >= 500*time.Millisecond {
+			if err := stream.Send(&control.JobEvent{Job: message(rec)}); err != nil {
+				return err
+			}
+			last, sent = rec, time.Now()
+		}
+		if job.Ended(rec.State) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (s *service) Version(context.Context, *control.VersionRequest) (*control.VersionResponse, error) {
+	return &control.VersionResponse{Version: s.d.opts.Version}, nil
+}
+
+func message(r job.Record) *control.Job {
+	return &control.Job{
+		Id: r.ID, Kind: r.Kind, Disk: r.Disk, Source: r.Source, Target: r.Target, Format: r.Format, Stage: r.Stage, State: r.State,
+		Error: r.Error, Message: r.Message, BytesDone: r.BytesDone, BytesTotal: r.BytesTotal, Rate: r.Rate, DirtyRate: r.DirtyRate,
+		EtaSeconds: r.ETASeconds, Converging: r.Converging, Speed: r.Speed, Granularity: r.Granularity,
+		TargetConsistent: r.TargetConsistent, Verify: r.Verify, VerifiedBytes: r.VerifiedBytes, StartedMs: r.StartedMS, EndedMs: r.EndedMS,
+		SwitchMode: r.SwitchMode, OnSourceError: r.OnSourceError, OnTargetError: r.OnTargetError, Method: r.Method,
+	}
+}
