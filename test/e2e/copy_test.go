@@ -104,7 +104,7 @@ func TestCopyCancelled(t *testing.T) {
 	d := start(t, disk)
 	g := boot(t, d, guest.Options{}, disk)
 	must(t, g.StartWriter(0, mixed, filled))
-	waiting := d.Command("copy", "disk0", filepath.Join(t.TempDir(), "t"), "--id", "j", "--speed", "1M", "--wait")
+	waiting := d.Command(t.Context(), "copy", "disk0", filepath.Join(t.TempDir(), "t"), "--id", "j", "--speed", "1M", "--wait")
 	must(t, waiting.Start())
 	eventually(t, "the copy's first bytes", func() (bool, error) {
 		if status, _ := d.CLI("job", "show", "j"); status != 0 {

@@ -6,6 +6,7 @@ package daemon
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -38,8 +39,9 @@ type Daemon struct {
 }
 
 const (
-	readyTimeout = 20 * time.Second
-	stopTimeout  = 30 * time.Second
+	readyTimeout   = 20 * time.Second
+	stopTimeout    = 30 * time.Second
+	commandTimeout = 90 * time.Second // a copy of a small image, waited for
 )
 
 // Build builds both programs into dir, static as they are shipped.
@@ -166,16 +168,20 @@ func (d *Daemon) Log() string {
 }
 
 // Command prepares a run of the command line against this daemon.
-func (d *Daemon) Command(args ...string) *exec.Cmd {
-	return exec.Command(filepath.Join(d.bin, "blkstream"), append([]string{"--socket", d.path("control")}, args...)...)
+func (d *Daemon) Command(ctx context.Context, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, filepath.Join(d.bin, "blkstream"), append([]string{"--socket", d.path("control")}, args...)...)
 }
 
 // CLI runs the command line and returns its exit status and what it printed on
 // both outputs.
 func (d *Daemon) CLI(args ...string) (int, string) {
-	out, err := d.Command(args...).CombinedOutput()
+	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
+	defer cancel()
+	out, err := d.Command(ctx, args...).CombinedOutput()
 	var exit *exec.ExitError
 	switch {
+	case ctx.Err() != nil:
+		return -1, fmt.Sprintf("not done after %v: %s", commandTimeout, out)
 	case errors.As(err, &exit):
 		return exit.ExitCode(), string(out)
 	case err != nil:
@@ -216,7 +222,12 @@ func (d *Daemon) Job(id string) (info JobInfo, err error) {
 }
 
 func (d *Daemon) show(into any, args ...string) error {
-	out, err := d.Command(append([]string{"--json"}, args...)...).Output()
+	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
+	defer cancel()
+	out, err := d.Command(ctx, append([]string{"--json"}, args...)...).Output()
+	if ctx.Err() != nil {
+		return fmt.Errorf("blkstream %s: not done after %v", strings.Join(args, " "), commandTimeout)
+	}
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		return fmt.Errorf("blkstream %s: %w: %s", strings.Join(args, " "), err, exit.Stderr)
