@@ -56,6 +56,9 @@ func NewServer(dev Device, opts Options) *Server {
 	}
 }
 
+// Connected reports whether a front-end is being served.
+func (s *Server) Connected() bool { return len(s.slot) > 0 }
+
 // Listen listens on a Unix socket at path, with mode 0600. A socket that nobody listens on any more is replaced;
 // one with a listener, or a file of another kind, is an error.
 func Listen(path string) (*net.UnixListener, error) {

@@ -58,6 +58,7 @@ type copier struct {
 	size   int64
 
 	targetErr chan error // from a queue's thread: the target could not take a mirrored write
+	asked     bool       // for a switch that is still to come
 
 	progress progress
 }
@@ -141,6 +142,9 @@ func (c *copier) stages(ctx context.Context) error {
 		if err == nil {
 			err = c.ready(ctx)
 		}
+		if errors.Is(err, errBehind) {
+			continue
+		}
 		var back *targetLost
 		if !errors.As(err, &back) {
 			return err
@@ -156,6 +160,9 @@ type targetLost struct{ err error }
 
 func (e *targetLost) Error() string { return e.err.Error() }
 func (e *targetLost) Unwrap() error { return e.err }
+
+// errBehind says that blocks have become dirty under mirrored writes, with a good target: they are copied again.
+var errBehind = errors.New("some blocks could not be written or read on the source and are copied again")
 
 // lost returns a targetLost if the filter has fallen back to logging.
 func (c *copier) lost() error {
@@ -239,6 +246,9 @@ func (c *copier) extent(t *blk.Task, at int64) (end int64, hole bool, err error)
 // converge makes the bitmap empty with mirrored writes on.
 func (c *copier) converge(ctx context.Context) error {
 	for {
+		if err := c.lost(); err != nil {
+			return err
+		}
 		if !c.filter.Mirroring() {
 			if err := c.shrink(ctx); err != nil {
 				return err
@@ -251,9 +261,6 @@ func (c *copier) converge(ctx context.Context) error {
 		}
 		if c.filter.Mirroring() {
 			return nil
-		}
-		if err := c.lost(); err != nil {
-			return err
 		}
 	}
 }
@@ -297,14 +304,26 @@ func (c *copier) dirtyPass(ctx context.Context) error {
 
 // ready waits for the command, and switches.
 func (c *copier) ready(ctx context.Context) error {
-	c.job.Update(func(r *job.Record) {
-		r.State, r.TargetConsistent, r.Error = job.StateReady, true, ""
-		r.Message = fmt.Sprintf("both images are the same; finish with: blkstream switch %s", r.Disk)
-	})
+	for ready := false; !ready; {
+		if err := c.job.Gate(ctx); err != nil {
+			return err
+		}
+		c.job.Update(func(r *job.Record) {
+			if ready = r.State != job.StatePaused; ready {
+				r.State, r.TargetConsistent, r.Error = job.StateReady, true, ""
+				r.Message = fmt.Sprintf("both images are the same; finish with: blkstream switch %s", r.Disk)
+			}
+		})
+	}
 	for {
 		changed := c.job.Changed()
-		if c.opts.SwitchMode == "auto" || c.job.SwitchAsked() {
+		c.asked = c.asked || c.job.SwitchAsked()
+		if c.opts.SwitchMode == "auto" || c.asked {
 			err := c.switchOver(ctx)
+			if errors.Is(err, errBehind) {
+				return c.notReady(err) // and switch then
+			}
+			c.asked = false
 			var back *targetLost
 			if err == nil || errors.As(err, &back) {
 				return c.notReady(err)
@@ -357,7 +376,7 @@ func (c *copier) switchOver(ctx context.Context) error {
 			if err := c.lost(); err != nil {
 				return err
 			}
-			return &targetLost{errors.New("the target fell behind before the switch")}
+			return errBehind
 		}
 		if err := flush(); err != nil {
 			return c.flushFailed(err)
@@ -394,7 +413,7 @@ func (c *copier) verify(ctx context.Context) error {
 	}
 	var at int64
 	c.job.Update(func(r *job.Record) { r.VerifiedBytes, r.Message = 0, "comparing both images" })
-	return c.workers(ctx, func(limit int64) (piece, error) {
+	err := c.workers(ctx, func(limit int64) (piece, error) {
 		if err := c.lost(); err != nil {
 			return piece{}, err
 		}
@@ -405,4 +424,8 @@ func (c *copier) verify(ctx context.Context) error {
 		at += p.n
 		return p, nil
 	}, c.compare)
+	if err == nil && c.filter.Dirty.Count() > 0 {
+		return errBehind
+	}
+	return err
 }

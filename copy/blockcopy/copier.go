@@ -36,14 +36,14 @@ func (c *copier) copyAll(ctx context.Context, next func(limit int64) (piece, err
 	return c.workers(ctx, next, c.copyPiece)
 }
 
-// workers runs do on every piece. next is called by one worker at a time.
+// workers runs do on every piece, unless an error ends it before. next is called by one worker at a time.
 func (c *copier) workers(ctx context.Context, next func(limit int64) (piece, error), do func(*blk.Task, piece) error) error {
 	var (
 		wg    sync.WaitGroup
 		mu    sync.Mutex // guards next and first
 		first error
 	)
-	ctx, cancel := context.WithCancelCause(ctx)
+	work, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	fail := func(err error) {
 		mu.Lock()
@@ -53,23 +53,30 @@ func (c *copier) workers(ctx context.Context, next func(limit int64) (piece, err
 			cancel(err)
 		}
 	}
-	wg.Go(func() { c.pacer.Run(ctx) })
 	for range c.pacer.Workers() {
 		wg.Go(func() {
 			t := blk.NewTask()
 			for {
-				if err := c.step(ctx, t, &mu, next, do); err != nil {
+				err := c.step(work, t, &mu, next, do)
+				if errors.Is(err, errDone) {
+					return // the others still have pieces, which may fail
+				}
+				if err != nil {
 					fail(err)
 					return
 				}
 			}
 		})
 	}
+	var pacing sync.WaitGroup
+	pacing.Go(func() { c.pacer.Run(work) })
 	wg.Wait()
-	if errors.Is(first, errDone) {
-		return nil
+	cancel(nil)
+	pacing.Wait()
+	if first != nil {
+		return first
 	}
-	return first
+	return c.job.Gate(ctx) // a pause that came with the last pieces
 }
 
 // step copies one piece.
@@ -77,20 +84,22 @@ func (c *copier) step(ctx context.Context, t *blk.Task, mu *sync.Mutex, next fun
 	if err := c.job.Gate(ctx); err != nil {
 		return err
 	}
-	limit, err := c.pacer.Begin(ctx)
-	if err != nil {
-		return err
-	}
 	mu.Lock()
-	p, err := next(max(c.job.Piece(limit)&^(c.opts.Granularity-1), c.opts.Granularity))
+	p, err := next(max(c.job.Piece(c.pacer.Size())&^(c.opts.Granularity-1), c.opts.Granularity))
 	mu.Unlock()
 	if err == nil {
+		// Paid before the window, so that no piece that was paid late is copied while the guest is to be left alone.
+		if err := c.job.Limit(ctx, min(p.n, c.size-p.off)); err != nil {
+			return err
+		}
+		if err := c.pacer.Begin(ctx); err != nil {
+			return err
+		}
 		err = do(t, p)
+		c.pacer.End()
 	}
-	c.pacer.End()
 	if err == nil {
-		// Paid afterwards, outside the window, so that a slow limit holds nobody up.
-		return c.job.Limit(ctx, min(p.n, c.size-p.off))
+		return nil
 	}
 	var mismatch *mismatchError
 	var lost *targetLost
@@ -195,13 +204,19 @@ func (e *mismatchError) Error() string {
 	return fmt.Sprintf("verification failed: source and target differ at offset %d", e.off)
 }
 
-// compare reads a range of both images, with the guest's writes to it held back.
-func (c *copier) compare(t *blk.Task, p piece) error {
+// compare reads a range of both images, with the guest's mirrored writes to it held back. What cannot be read is made
+// dirty, so that verify sees that it was not compared.
+func (c *copier) compare(t *blk.Task, p piece) (err error) {
 	held := c.filter.Lock.Lock(t, p.off, p.n)
 	defer c.filter.Lock.Unlock(held)
 	if c.filter.Dirty.Any(p.off, p.n) {
-		return nil // the target failed meanwhile: all is looked at again
+		return nil // a write failed meanwhile: all is looked at again
 	}
+	defer func() {
+		if err != nil {
+			c.filter.Dirty.Set(p.off, p.n)
+		}
+	}()
 	a, b := blk.GetBuffer(int(p.n)), blk.GetBuffer(int(p.n))
 	defer a.Free()
 	defer b.Free()
@@ -212,6 +227,9 @@ func (c *copier) compare(t *blk.Task, p piece) error {
 		return err
 	}
 	if !bytes.Equal(a.B, b.B) {
+		if !c.filter.Mirroring() {
+			return nil // a write that is only logged may have come in between, its bit not set yet
+		}
 		i := 0
 		for a.B[i] == b.B[i] {
 			i++
@@ -259,12 +277,14 @@ func (c *copier) report(ctx context.Context) {
 				r.ETASeconds = int64(float64(left) / net)
 			}
 			// Without mirrored writes a copy that is slower than the guest would not end.
-			r.Converging = r.Stage == job.StageMirror || rate == 0 || net > 0
+			r.Converging = r.Stage == job.StageMirror || rate == 0 || left == 0 || net > 0
 		})
+		if ctx.Err() != nil {
+			return // with the last figures told
+		}
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return
 		}
 	}
 }

@@ -99,6 +99,7 @@ type Job struct {
 	cancel  context.CancelCauseFunc
 	done    chan struct{}
 	limiter *rate.Limiter
+	paying  sync.Mutex // held in Limit
 
 	mu        sync.Mutex
 	rec       Record
@@ -271,8 +272,11 @@ func (j *Job) Gate(ctx context.Context) error {
 	}
 }
 
-// Limit waits until n more bytes may be copied.
+// Limit waits until n more bytes may be copied: as long as the speed limit wants, and while the job is paused. Pieces
+// are let through one by one, so that several copiers do not come in bursts.
 func (j *Job) Limit(ctx context.Context, n int64) error {
+	j.paying.Lock()
+	defer j.paying.Unlock()
 	for n > 0 {
 		burst := j.limiter.Burst()
 		k := int(min(n, int64(burst)))
@@ -284,7 +288,7 @@ func (j *Job) Limit(ctx context.Context, n int64) error {
 		}
 		n -= int64(k)
 	}
-	return nil
+	return j.Gate(ctx)
 }
 
 // Piece is how many bytes to copy at a time so that the speed limit works smoothly: at most most.
@@ -297,7 +301,7 @@ func setLimit(l *rate.Limiter, speed int64) {
 		l.SetBurst(1 << 30)
 		return
 	}
-	l.SetBurst(int(min(max(speed/20, 4096), 1<<30)))
+	l.SetBurst(int(min(max(speed/20, 1), 1<<30)))
 	l.SetLimit(rate.Limit(speed))
 }
 

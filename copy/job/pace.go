@@ -17,7 +17,7 @@ type Pacer struct {
 	graph *blk.Graph
 
 	mu      sync.Mutex
-	opened  chan struct{} // closed while the window is open
+	changed chan struct{} // closed and replaced when one of these changes
 	open    bool
 	active  bool // the guest does I/O
 	running int  // pieces being copied
@@ -33,8 +33,7 @@ const (
 	// slowest is the longest guest request that is accepted before the copier takes smaller bites.
 	slowest = 20 * time.Millisecond
 
-	window   = 20 * time.Millisecond  // of copying
-	maxRest  = 400 * time.Millisecond // so that each copy goes on, however busy the guest is
+	window   = 20 * time.Millisecond // of copying
 	minRest  = 5 * time.Millisecond
 	fullMost = 8       // pieces at a time while the guest is idle
 	fullSize = 1 << 20 // and their size, bytes
@@ -44,13 +43,18 @@ const (
 
 // NewPacer returns a pacer that watches the guest of the graph. Run does the watching.
 func NewPacer(g *blk.Graph) *Pacer {
-	p := &Pacer{graph: g, opened: make(chan struct{}), open: true, most: fullMost, piece: fullSize}
-	close(p.opened)
-	return p
+	return &Pacer{graph: g, changed: make(chan struct{}), open: true, most: fullMost, piece: fullSize}
 }
 
 // Workers is the most pieces that are ever copied at a time.
 func (p *Pacer) Workers() int { return fullMost }
+
+// Size is how large a piece should be now, in bytes.
+func (p *Pacer) Size() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.piece
+}
 
 // Begin waits until a piece may be copied and returns its size in bytes. Each Begin without error needs an End.
 func (p *Pacer) Begin(ctx context.Context) (int64, error) {
@@ -60,12 +64,12 @@ func (p *Pacer) Begin(ctx context.Context) (int64, error) {
 			p.running++
 			n := p.piece
 			p.mu.Unlock()
-			return n, context.Cause(ctx)
+			return n, nil
 		}
-		opened := p.opened
+		changed := p.changed
 		p.mu.Unlock()
 		select {
-		case <-opened:
+		case <-changed:
 		case <-ctx.Done():
 			return 0, context.Cause(ctx)
 		}
@@ -73,36 +77,17 @@ func (p *Pacer) Begin(ctx context.Context) (int64, error) {
 }
 
 // End says that a piece is done.
-func (p *Pacer) End() {
+func (p *Pacer) End() { p.change(func() { p.running-- }) }
+
+func (p *Pacer) setOpen(open bool) { p.change(func() { p.open = open }) }
+
+// change changes the state and lets everyone in Begin look at it again.
+func (p *Pacer) change(fn func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.running--
-	if p.open {
-		p.letInLocked()
-	}
-}
-
-// letInLocked wakes whoever waits in Begin, and makes the next ones look for themselves.
-func (p *Pacer) letInLocked() {
-	select {
-	case <-p.opened:
-	default:
-		close(p.opened)
-	}
-	if p.running >= p.most || !p.open {
-		p.opened = make(chan struct{})
-	}
-}
-
-func (p *Pacer) setOpen(open bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.open = open
-	if open {
-		p.letInLocked()
-		return
-	}
-	p.opened = make(chan struct{})
+	fn()
+	close(p.changed)
+	p.changed = make(chan struct{})
 }
 
 // Run watches the guest and opens and closes the window until ctx ends.
@@ -155,30 +140,27 @@ func (p *Pacer) observe(mean *float64, a, b blk.Activity) {
 
 // setActive chooses how much is copied at a time.
 func (p *Pacer) setActive(active bool, worst time.Duration) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	switch {
-	case !active:
-		p.most, p.piece = fullMost, fullSize
-	case !p.active:
-		p.most, p.piece = 2, 4*minPiece
-	case worst > slowest:
-		p.most, p.piece = max(p.most/2, 1), max(p.piece/2, minPiece)
-	case worst < slowest/4:
-		if p.piece < fullSize {
+	p.change(func() {
+		switch {
+		case !active:
+			p.most, p.piece = fullMost, fullSize
+		case !p.active:
+			p.most, p.piece = 2, 4*minPiece
+		case worst > slowest:
+			p.most, p.piece = max(p.most/2, 1), max(p.piece/2, minPiece)
+		case worst > slowest/4:
+		case p.piece < fullSize:
 			p.piece *= 2
-		} else if p.most < fullMost/2 {
-			p.most++
+		default:
+			p.most = min(p.most+1, fullMost/2)
 		}
-	}
-	p.active = active
-	if p.open {
-		p.letInLocked()
-	}
+		p.active = active
+	})
 }
 
 // rest is how long the guest is left alone after a window, besides minRest. If a window costs the guest the part
-// 1-quiet/loaded of its throughput, a share d of the time spent copying costs it d times that.
+// 1-quiet/loaded of its throughput, a share d of the time spent copying costs it d times that. d is never less than
+// 1-guestShare, so that each copy goes on, however busy the guest is.
 func (p *Pacer) rest() time.Duration {
 	if p.quiet == 0 || p.loaded <= p.quiet {
 		return minRest
@@ -187,7 +169,7 @@ func (p *Pacer) rest() time.Duration {
 	if d >= 1 {
 		return minRest
 	}
-	return min(max(time.Duration(float64(window)*(1-d)/d), minRest), maxRest)
+	return max(time.Duration(float64(window)*(1-d)/d), minRest)
 }
 
 func sleep(ctx context.Context, d time.Duration) {

@@ -61,7 +61,7 @@ func (s *service) disk(k *disk) *control.Disk {
 	if rec.Added == nil {
 		o.ConfiguredImage = k.spec.Image
 	}
-	if k.dev.Running() > 0 {
+	if k.server.Connected() {
 		o.State = "connected"
 	}
 	if s.d.jobs != nil {
@@ -144,7 +144,7 @@ func (s *service) DiskRemove(_ context.Context, r *control.DiskRemoveRequest) (*
 	if j := s.d.jobs.OnDisk(r.Id); j != nil {
 		return nil, control.Errorf(control.ErrPrecondition, "job %s works on disk %q: wait for its end or cancel it", j.Record().ID, r.Id)
 	}
-	if k.dev.Running() > 0 {
+	if k.server.Connected() {
 		return nil, control.Errorf(control.ErrPrecondition, "a guest uses disk %q: unplug it there first", r.Id)
 	}
 	if k.record().Added != nil {
