@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -30,7 +31,9 @@ type Options struct {
 type Server struct {
 	dev  Device
 	log  *slog.Logger
-	slot chan struct{} // holds an element while a session runs
+	slot chan struct{} // holds an element while a session runs or is waited for
+
+	connected atomic.Bool // a session runs
 
 	warnings rate.Sometimes // a hostile front-end must not flood the log, by whatever it repeats
 
@@ -57,7 +60,7 @@ func NewServer(dev Device, opts Options) *Server {
 }
 
 // Connected reports whether a front-end is being served.
-func (s *Server) Connected() bool { return len(s.slot) > 0 }
+func (s *Server) Connected() bool { return s.connected.Load() }
 
 // Listen listens on a Unix socket at path, with mode 0600. A socket that nobody listens on any more is replaced;
 // one with a listener, or a file of another kind, is an error.
@@ -160,6 +163,8 @@ func (s *Server) serve(ctx context.Context, c *net.UnixConn) error {
 	defer s.untrack(c)
 	stop := context.AfterFunc(ctx, func() { _ = c.Close() })
 	defer stop()
+	s.connected.Store(true)
+	defer s.connected.Store(false)
 	s.log.Debug("front-end connected")
 	err := newSession(s, newConn(c)).run()
 	s.log.Debug("front-end disconnected")
