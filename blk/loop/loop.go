@@ -81,6 +81,7 @@ type Loop struct {
 	mu       sync.Mutex
 	posted   []func() // by other goroutines
 	woken    []*coro
+	closed   bool // be must not be woken any more: its descriptor may be another file's by now
 	hasMail  atomic.Bool
 	sleeping atomic.Bool
 	spareP   []func()
@@ -135,6 +136,9 @@ func (l *Loop) close() {
 	for _, c := range l.idle {
 		c.stop()
 	}
+	l.mu.Lock()
+	l.closed = true
+	l.mu.Unlock()
 	l.be.close()
 }
 
@@ -148,14 +152,14 @@ func (l *Loop) WatchKick(fd int) { l.be.watchKick(fd) }
 // Post runs fn on the loop's thread soon. Any goroutine may call it.
 func (l *Loop) Post(fn func()) {
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.posted = append(l.posted, fn)
-	l.mu.Unlock()
-	l.mail()
+	l.mailLocked()
 }
 
-func (l *Loop) mail() {
+func (l *Loop) mailLocked() {
 	l.hasMail.Store(true)
-	if l.sleeping.Swap(false) {
+	if l.sleeping.Swap(false) && !l.closed {
 		l.be.wake()
 	}
 }
@@ -397,9 +401,9 @@ func (c *coro) Suspend(*blk.Task) { c.yield(struct{}{}) }
 func (c *coro) Wake(*blk.Task) {
 	l := c.l
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.woken = append(l.woken, c)
-	l.mu.Unlock()
-	l.mail()
+	l.mailLocked()
 }
 
 // eventfd for the wake-ups of both backends.

@@ -56,22 +56,21 @@ func (p *Pacer) Size() int64 {
 	return p.piece
 }
 
-// Begin waits until a piece may be copied and returns its size in bytes. Each Begin without error needs an End.
-func (p *Pacer) Begin(ctx context.Context) (int64, error) {
+// Begin waits until a piece may be copied. Each Begin without error needs an End.
+func (p *Pacer) Begin(ctx context.Context) error {
 	for {
 		p.mu.Lock()
 		if p.open && p.running < p.most {
 			p.running++
-			n := p.piece
 			p.mu.Unlock()
-			return n, nil
+			return nil
 		}
 		changed := p.changed
 		p.mu.Unlock()
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return 0, context.Cause(ctx)
+			return context.Cause(ctx)
 		}
 	}
 }

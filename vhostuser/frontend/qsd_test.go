@@ -63,8 +63,7 @@ func qsd(t *testing.T, socket string, size int64, export string) (kill func()) {
 	return kill
 }
 
-// awaitSocket waits until somebody listens at path. Only a failed attempt leaves the back-end undisturbed: a
-// connection that is dropped at once would be a session for it.
+// awaitSocket waits until somebody listens at path. To the back-end it is a front-end that goes at once.
 func awaitSocket(t *testing.T, path string) {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {

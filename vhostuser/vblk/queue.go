@@ -197,7 +197,7 @@ func (q *queue) Arm() bool {
 	if !q.open() {
 		return false // whatever opens it again wakes the loop
 	}
-	return q.ring.EnableNotify()
+	return q.ring.EnableNotify() || q.r.Kick < 0 // nobody kicks a ring that is to be polled
 }
 
 // Disarm implements loop.Driver.
@@ -225,11 +225,18 @@ func (q *queue) breakRing(err error) {
 	signal(q.r.Err)
 }
 
+// signal adds one to an eventfd. It is skipped when the write would block, which a hostile front-end can bring about:
+// the other side then has a signal pending.
 func signal(fd int) {
-	if fd >= 0 {
-		one := [8]byte{1}
-		unix.Write(fd, one[:]) //nolint:errcheck // a driver that closed its end misses the event
+	if fd < 0 {
+		return
 	}
+	p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+	if n, err := unix.Poll(p[:], 0); n != 1 || err != nil || p[0].Revents&unix.POLLOUT == 0 {
+		return
+	}
+	one := [8]byte{1}
+	unix.Write(fd, one[:]) //nolint:errcheck // a driver that closed its end misses the event
 }
 
 // Rest.
@@ -250,6 +257,11 @@ func (q *queue) do(fn func()) bool {
 	case <-done:
 		return true
 	case <-q.end:
+	}
+	select { // it may have run in the loop's last turn
+	case <-done:
+		return true
+	default:
 		return false
 	}
 }
