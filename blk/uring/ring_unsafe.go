@@ -29,8 +29,8 @@ const (
 
 	enterGetEvents = 1 << 0
 
-	sqOverflow   = 1 << 1
-	sqTaskrun    = 1 << 2
+	sqOverflow = 1 << 1
+	sqTaskrun  = 1 << 2
 
 	offSQRing = 0
 	offSQEs   = 0x10000000
