@@ -251,8 +251,9 @@ func TestShutdown(t *testing.T) {
 	if err := paused.Pause(); err != nil {
 		t.Fatal(err)
 	}
-	_, stop := start(t, m, Record{ID: "over", Kind: "copy", Disk: "c"})
+	over, stop := start(t, m, Record{ID: "over", Kind: "copy", Disk: "c"})
 	stop <- nil
+	<-over.Done()
 	m.Shutdown()
 	<-run.Done()
 	m, rest := open(t, dir)
