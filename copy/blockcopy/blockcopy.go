@@ -215,8 +215,7 @@ func (c *copier) bulk(ctx context.Context) error {
 			default:
 				at += min(end-at, limit)
 			}
-			c.progress.bulk.Add(at - from)
-			return piece{off: from, n: at - from, blank: c.Blank}, nil
+			return piece{off: from, n: at - from, bulk: true, blank: c.Blank}, nil
 		}
 		return piece{}, errDone
 	})

@@ -18,6 +18,7 @@ import (
 // piece is a range to be copied: whole blocks, the last of which may end past the disk.
 type piece struct {
 	off, n int64
+	bulk   bool // of the bulk stage
 	blank  bool // the target reads as zeros there
 }
 
@@ -119,13 +120,15 @@ func (c *copier) step(ctx context.Context, t *blk.Task, mu *sync.Mutex, next fun
 func (c *copier) copyPiece(t *blk.Task, p piece) (err error) {
 	held := c.filter.Lock.Lock(t, p.off, p.n)
 	defer c.filter.Lock.Unlock(held)
+	end := min(p.off+p.n, c.size)
+	c.progress.begin(p.bulk, end-p.off)
 	c.filter.Dirty.Clear(p.off, p.n)
 	defer func() {
 		if err != nil {
 			c.filter.Dirty.Set(p.off, p.n)
 		}
+		c.progress.end(p.bulk, end-p.off, err == nil)
 	}()
-	end := min(p.off+p.n, c.size)
 	for off := p.off; off < end; {
 		e, err := c.filter.Source().Map(t, off, end-off)
 		if err != nil {
@@ -143,7 +146,6 @@ func (c *copier) copyPiece(t *blk.Task, p piece) (err error) {
 		}
 		off += n
 	}
-	c.progress.done.Add(end - p.off)
 	return nil
 }
 
@@ -240,10 +242,28 @@ func (c *copier) compare(t *blk.Task, p piece) (err error) {
 	return nil
 }
 
-// progress counts bytes. Each block is handed out once by the bulk stage; dirty blocks come on top.
+// progress counts bytes. Each block is copied once by the bulk stage; dirty blocks come on top.
 type progress struct {
-	bulk atomic.Int64 // handed out or skipped by the bulk stage
-	done atomic.Int64 // copied or skipped, repeats included
+	bulk  atomic.Int64 // copied, tried or skipped by the bulk stage
+	again atomic.Int64 // being copied after the bulk stage, so that their bits are clear
+	done  atomic.Int64 // copied or skipped, repeats included
+}
+
+func (p *progress) begin(bulk bool, n int64) {
+	if !bulk {
+		p.again.Add(n)
+	}
+}
+
+func (p *progress) end(bulk bool, n int64, ok bool) {
+	if ok {
+		p.done.Add(n)
+	}
+	if bulk {
+		p.bulk.Add(n)
+	} else {
+		p.again.Add(-n)
+	}
 }
 
 // report writes the progress into the job's record, a few times a second.
@@ -291,7 +311,7 @@ func (c *copier) report(ctx context.Context) {
 
 // left is what is still to be copied, in bytes.
 func (c *copier) left() int64 {
-	return max(0, c.size-c.progress.bulk.Load()) + c.filter.Dirty.Bytes()
+	return c.size - c.progress.bulk.Load() + c.progress.again.Load() + c.filter.Dirty.Bytes()
 }
 
 func smooth(mean *float64, v float64) {

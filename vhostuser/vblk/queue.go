@@ -225,6 +225,8 @@ func (q *queue) breakRing(err error) {
 	signal(q.r.Err)
 }
 
+var eventOne = [8]byte{1} // the value does not matter, only that it is not 0
+
 // signal adds one to an eventfd. It is skipped when the write would block, which a hostile front-end can bring about:
 // the other side then has a signal pending.
 func signal(fd int) {
@@ -235,8 +237,7 @@ func signal(fd int) {
 	if n, err := unix.Poll(p[:], 0); n != 1 || err != nil || p[0].Revents&unix.POLLOUT == 0 {
 		return
 	}
-	one := [8]byte{1}
-	unix.Write(fd, one[:]) //nolint:errcheck // a driver that closed its end misses the event
+	unix.Write(fd, eventOne[:]) //nolint:errcheck // a driver that closed its end misses the event
 }
 
 // Rest.
