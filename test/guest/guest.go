@@ -13,7 +13,6 @@ package guest
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -63,7 +62,6 @@ type Guest struct {
 	qmp  *qmp
 	port net.Conn // the agent's serial port
 
-	stderr bytes.Buffer  // of QEMU; read it only after exited is closed
 	exited chan struct{} // QEMU has ended
 
 	mu      sync.Mutex // guards what follows
@@ -174,7 +172,12 @@ func (g *Guest) launch(ctx context.Context, kernel, initrd string) error {
 	defer agentSock.Close()
 
 	g.cmd = exec.Command("qemu-system-x86_64", g.args(kernel, initrd)...)
-	g.cmd.Stderr = &g.stderr
+	stderr, err := os.Create(g.path("stderr"))
+	if err != nil {
+		return err
+	}
+	defer stderr.Close()
+	g.cmd.Stderr = stderr
 	if err := StartChild(g.cmd); err != nil {
 		g.cmd = nil
 		return err
@@ -186,10 +189,8 @@ func (g *Guest) launch(ctx context.Context, kernel, initrd string) error {
 		agentSock.Close()
 		close(g.exited)
 	}()
-	stop := context.AfterFunc(ctx, func() {
-		qmpSock.Close()
-		agentSock.Close()
-	})
+	// QEMU may hang where it answers nobody, in the hands of a silent back-end: its end ends every wait below.
+	stop := context.AfterFunc(ctx, func() { g.cmd.Process.Kill() })
 	defer stop()
 	if g.port, err = agentSock.Accept(); err != nil {
 		return fmt.Errorf("guest: QEMU did not open its serial port: %w", err)
@@ -501,10 +502,15 @@ func (g *Guest) log() string {
 		fmt.Fprintf(&b, "command: %s\n", strings.Join(g.cmd.Args, " "))
 		select {
 		case <-g.exited:
-			fmt.Fprintf(&b, "QEMU ended (%v):\n%s\n", g.cmd.ProcessState, g.stderr.String())
+			fmt.Fprintf(&b, "QEMU ended: %v\n", g.cmd.ProcessState)
 		default:
 		}
 	}
+	stderr, err := os.ReadFile(g.path("stderr"))
+	if err != nil {
+		fmt.Fprintln(&b, err)
+	}
+	fmt.Fprintf(&b, "QEMU's words:\n%s\n", stderr)
 	console, err := os.ReadFile(g.path("console"))
 	if err != nil {
 		fmt.Fprintln(&b, err)

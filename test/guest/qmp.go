@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"time"
 )
 
 var errGone = errors.New("guest: QEMU has gone")
@@ -83,7 +84,16 @@ func (q *qmp) execute(name string, args, out any) error {
 	if _, err := q.conn.Write(line); err != nil {
 		return fmt.Errorf("guest: QMP %s: %w", name, errors.Join(errGone, err))
 	}
-	m, ok := <-q.replies
+	timeout := time.NewTimer(requestTimeout)
+	defer timeout.Stop()
+	var m qmpMessage
+	var ok bool
+	select {
+	case m, ok = <-q.replies:
+	case <-timeout.C:
+		q.conn.Close() // a reply that came now would be taken for the next command's
+		return fmt.Errorf("guest: QMP %s: no answer in %v", name, requestTimeout)
+	}
 	if !ok {
 		return fmt.Errorf("guest: QMP %s: %w", name, errGone)
 	}
