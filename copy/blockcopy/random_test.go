@@ -83,6 +83,7 @@ func randomRun(t *testing.T, seed uint64) {
 			t.Errorf("seed %d: %v", seed, err)
 		}
 	}
+	var traps []*blktest.Trap
 	for range 20 {
 		time.Sleep(time.Duration(rng.IntN(15)) * time.Millisecond)
 		switch rng.IntN(6) {
@@ -93,10 +94,10 @@ func randomRun(t *testing.T, seed uint64) {
 		case 3:
 			refused(j.SetSpeed([]int64{0, 8 << 20, 64 << 20}[rng.IntN(3)]))
 		case 4:
-			target.Add(blktest.Rule{Ops: []blk.Op{blk.OpWrite, blk.OpWriteZeroes}, Count: 1, Err: syscall.ENOSPC})
+			traps = append(traps, target.Add(blktest.Rule{Ops: []blk.Op{blk.OpWrite, blk.OpWriteZeroes}, Count: 1, Err: syscall.ENOSPC}))
 		case 5:
 			if rng.IntN(3) == 0 {
-				target.Add(blktest.Rule{Ops: []blk.Op{blk.OpFlush}, Count: 1, Err: syscall.EIO})
+				traps = append(traps, target.Add(blktest.Rule{Ops: []blk.Op{blk.OpFlush}, Count: 1, Err: syscall.EIO}))
 			}
 		}
 	}
@@ -113,6 +114,10 @@ func randomRun(t *testing.T, seed uint64) {
 			refused(j.Resume())
 		}
 		if rec.State == job.StateReady {
+			// An error that is still to come would hit the guest on the target, as is right.
+			for _, trap := range traps {
+				trap.Remove()
+			}
 			refused(j.AskSwitch())
 		}
 		time.Sleep(time.Millisecond)
