@@ -27,11 +27,16 @@ import (
 
 // driver has no requests. It counts how often the loop looks at it.
 type driver struct {
-	turns atomic.Int64
+	turns   atomic.Int64
+	publish func() // if not nil
 }
 
 func (d *driver) Work() bool { d.turns.Add(1); return false }
-func (d *driver) Publish()   {}
+func (d *driver) Publish() {
+	if d.publish != nil {
+		d.publish()
+	}
+}
 func (d *driver) Poll() bool { return false }
 func (d *driver) Arm() bool  { return false }
 func (d *driver) Disarm()    {}
@@ -412,6 +417,29 @@ func TestPost(t *testing.T) {
 				})
 			}
 			wg.Wait()
+		}
+	})
+}
+
+// A post that comes after the loop has looked at its mail, and before it sleeps, keeps it awake.
+func TestPostBeforeSleep(t *testing.T) {
+	engines(t, func(t *testing.T, opts Options) {
+		var l *Loop
+		done := make(chan struct{})
+		ask := false // the loop's thread alone
+		d := &driver{}
+		d.publish = func() {
+			if ask {
+				ask = false
+				l.Post(func() { close(done) })
+			}
+		}
+		l, _ = start(t, opts, d)
+		l.Post(func() { l.Post(func() {}); ask = true })
+		select {
+		case <-done:
+		case <-time.After(5 * time.Second):
+			t.Error("the loop sleeps over a post")
 		}
 	})
 }

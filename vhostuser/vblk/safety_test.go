@@ -714,6 +714,28 @@ func TestStopWhilePaused(t *testing.T) {
 	}
 }
 
+// do tells whether its function ran, also if the loop ends right after it.
+func TestDoAtTheEnd(t *testing.T) {
+	d := New(blk.NewGraph(blktest.NewMemory(1<<20)), 1<<20, defaults(Options{}))
+	g := newRig(t)
+	for range 1000 {
+		vq, err := d.Start(g.r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		q := vq.(sessionQueue).queue
+		ran := false
+		if ok := q.do(func() { ran = true; q.loop.Stop() }); !ok || !ran {
+			t.Fatalf("returned %v, ran %v", ok, ran)
+		}
+		<-q.end
+		if q.do(func() { t.Error("ran in a loop that has ended") }) {
+			t.Fatal("ran after the end")
+		}
+		d.graph.Detach(q)
+	}
+}
+
 // A ring without a kick descriptor is polled.
 func TestNoKick(t *testing.T) {
 	g := newRig(t)
