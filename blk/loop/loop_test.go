@@ -424,22 +424,30 @@ func TestPost(t *testing.T) {
 // A post that comes after the loop has looked at its mail, and before it sleeps, keeps it awake.
 func TestPostBeforeSleep(t *testing.T) {
 	engines(t, func(t *testing.T, opts Options) {
-		var l *Loop
-		done := make(chan struct{})
-		ask := false // the loop's thread alone
+		var (
+			l    *Loop
+			ask  int // the loop's thread alone
+			done = make(chan struct{})
+		)
 		d := &driver{}
 		d.publish = func() {
-			if ask {
-				ask = false
-				l.Post(func() { close(done) })
+			// The turn that read the mail goes on; the one after it finds nothing and sleeps.
+			if ask > 0 {
+				if ask--; ask == 0 {
+					l.Post(func() { done <- struct{}{} })
+				}
 			}
 		}
 		l, _ = start(t, opts, d)
-		l.Post(func() { l.Post(func() {}); ask = true })
-		select {
-		case <-done:
-		case <-time.After(5 * time.Second):
-			t.Error("the loop sleeps over a post")
+		for range 20 {
+			l.Post(func() { ask = 2 })
+			select {
+			case <-done:
+			case <-time.After(5 * time.Second):
+				l.Post(func() {})
+				<-done
+				t.Fatal("the loop slept over a post")
+			}
 		}
 	})
 }
