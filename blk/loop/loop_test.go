@@ -426,21 +426,20 @@ func TestPostBeforeSleep(t *testing.T) {
 	engines(t, func(t *testing.T, opts Options) {
 		var (
 			l    *Loop
-			ask  int // the loop's thread alone
+			ask  bool // the loop's thread alone
 			done = make(chan struct{})
 		)
 		d := &driver{}
 		d.publish = func() {
-			// The turn that read the mail goes on; the one after it finds nothing and sleeps.
-			if ask > 0 {
-				if ask--; ask == 0 {
-					l.Post(func() { done <- struct{}{} })
-				}
+			// The turn has read its mail and goes to sleep next.
+			if ask {
+				ask = false
+				l.Post(func() { done <- struct{}{} })
 			}
 		}
 		l, _ = start(t, opts, d)
 		for range 20 {
-			l.Post(func() { ask = 2 })
+			l.Post(func() { ask = true })
 			select {
 			case <-done:
 			case <-time.After(5 * time.Second):
@@ -582,8 +581,8 @@ func TestAdapt(t *testing.T) {
 	us := time.Microsecond
 	l := &Loop{opts: Options{PollMax: 32 * us}}
 	for i, c := range []struct{ idle, want time.Duration }{
-		{10 * us, 4 * us}, {3 * us, 4 * us}, {10 * us, 8 * us}, {20 * us, 16 * us}, {30 * us, 32 * us}, {32 * us, 32 * us},
-		{33 * us, 0}, {time.Second, 0}, {us, 4 * us},
+		{10 * us, 0}, {10 * us, 4 * us}, {3 * us, 4 * us}, {10 * us, 8 * us}, {20 * us, 16 * us}, {30 * us, 32 * us},
+		{32 * us, 32 * us}, {33 * us, 0}, {time.Second, 0}, {us, 0}, {33 * us, 0}, {us, 0}, {us, 4 * us},
 	} {
 		if l.adapt(c.idle); l.pollFor != c.want {
 			t.Errorf("step %d: idle for %v: polls for %v, want %v", i, c.idle, l.pollFor, c.want)
