@@ -27,6 +27,7 @@ const (
 	DefaultQueueSize = 256
 	DefaultCache     = "none"
 	DefaultBlockSize = 512
+	DefaultPollUS    = 32 // as QEMU's iothreads
 )
 
 // maxFileSize bounds the memory that a file can make the TOML library use.
@@ -65,7 +66,7 @@ type Disk struct {
 	Serial     string // at most 20 printable ASCII characters
 	Discard    bool
 	CopyOnRead bool
-	PollUS     int // busy-poll this many microseconds before sleeping, up to a second
+	PollUS     int // most microseconds that a queue without work busy-polls before it sleeps, up to a second; 0: none
 	Throttle   Throttle
 }
 
@@ -83,6 +84,7 @@ func NewDisk() Disk {
 		Cache:     DefaultCache,
 		BlockSize: DefaultBlockSize,
 		Discard:   true,
+		PollUS:    DefaultPollUS,
 	}
 }
 

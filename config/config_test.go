@@ -55,7 +55,7 @@ func TestParse(t *testing.T) {
 		Serial: "vm1-root", Discard: false, PollUS: 50,
 	}, {
 		ID: "disk1", Socket: "fd:3", Image: "/var/lib/images/vm2.img", Format: "raw",
-		Queues: 1, QueueSize: 256, Cache: "none", BlockSize: 512, Discard: true,
+		Queues: 1, QueueSize: 256, Cache: "none", BlockSize: 512, Discard: true, PollUS: 32,
 	}}
 	if !reflect.DeepEqual(f.Disks, want) {
 		t.Errorf("disks:\n got %+v\nwant %+v", f.Disks, want)
@@ -86,6 +86,19 @@ socket = "/s"
 image = "/i"
 format = "raw"
 `
+
+// Polling that was switched off is something else than polling that nobody spoke of.
+func TestPolling(t *testing.T) {
+	for doc, want := range map[string]int{minimal: DefaultPollUS, minimal + "poll_us = 0\n": 0, minimal + "poll_us = 1\n": 1} {
+		f, err := Parse("b.toml", []byte(doc))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := f.Disks[0].PollUS; got != want {
+			t.Errorf("%s: polls for %d µs, want %d", doc, got, want)
+		}
+	}
+}
 
 func TestParseErrors(t *testing.T) {
 	long := "/" + strings.Repeat("x", maxSocketPath)

@@ -76,8 +76,7 @@ func Open(path string, o Options) (*Node, error) {
 		promise: max(o.Align, 1),
 	}
 	if err := n.setup(o); err != nil {
-		closeHost(fd)
-		return nil, err
+		return nil, errors.Join(err, closeHost(fd))
 	}
 	return n, nil
 }

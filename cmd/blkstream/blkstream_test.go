@@ -295,6 +295,7 @@ func TestRequests(t *testing.T) {
 		t.Fatal(err)
 	}
 	yes, no := true, false
+	poll := func(us uint32) *uint32 { return &us }
 	for _, tc := range []struct {
 		args string
 		want proto.Message
@@ -316,15 +317,15 @@ func TestRequests(t *testing.T) {
 			"--socket CONTROL disk add --id a --image a.img --format raw --socket s",
 			&control.DiskAddRequest{
 				Id: "a", Image: cwd + "/a.img", Format: "raw", Socket: cwd + "/s",
-				Queues: 1, QueueSize: 256, Cache: "none", BlockSize: 512, Discard: &yes,
+				Queues: 1, QueueSize: 256, Cache: "none", BlockSize: 512, Discard: &yes, PollUs: poll(32),
 			},
 		},
 		{
 			"disk add --id a --image /a.img --format raw --socket fd:5 --read-only --queues 4 --queue-size 128 " +
-				"--cache writeback --block-size 4K --serial x --discard=false --poll-us 50",
+				"--cache writeback --block-size 4K --serial x --discard=false --poll-us 0",
 			&control.DiskAddRequest{
 				Id: "a", Image: "/a.img", Format: "raw", Socket: "fd:5", ReadOnly: true, Queues: 4, QueueSize: 128,
-				Cache: "writeback", BlockSize: 4096, Serial: "x", Discard: &no, PollUs: 50,
+				Cache: "writeback", BlockSize: 4096, Serial: "x", Discard: &no, PollUs: poll(0),
 			},
 		},
 		{"disk resize disk0 3G --socket CONTROL", &control.DiskResizeRequest{Id: "disk0", Size: 3 << 30}},

@@ -426,8 +426,8 @@ type DiskAddRequest struct {
 	Cache         string                 `protobuf:"bytes,8,opt,name=cache,proto3" json:"cache,omitempty"` // empty: none
 	BlockSize     uint32                 `protobuf:"varint,9,opt,name=block_size,json=blockSize,proto3" json:"block_size,omitempty"`
 	Serial        string                 `protobuf:"bytes,10,opt,name=serial,proto3" json:"serial,omitempty"`
-	Discard       *bool                  `protobuf:"varint,11,opt,name=discard,proto3,oneof" json:"discard,omitempty"` // absent: true
-	PollUs        uint32                 `protobuf:"varint,12,opt,name=poll_us,json=pollUs,proto3" json:"poll_us,omitempty"`
+	Discard       *bool                  `protobuf:"varint,11,opt,name=discard,proto3,oneof" json:"discard,omitempty"`             // absent: true
+	PollUs        *uint32                `protobuf:"varint,12,opt,name=poll_us,json=pollUs,proto3,oneof" json:"poll_us,omitempty"` // most microseconds of busy-polling before a queue sleeps; absent: 32, 0: none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -540,8 +540,8 @@ func (x *DiskAddRequest) GetDiscard() bool {
 }
 
 func (x *DiskAddRequest) GetPollUs() uint32 {
-	if x != nil {
-		return x.PollUs
+	if x != nil && x.PollUs != nil {
+		return *x.PollUs
 	}
 	return 0
 }
@@ -1764,7 +1764,7 @@ const file_control_proto_rawDesc = "" +
 	"\x10DiskListResponse\x12(\n" +
 	"\x05disks\x18\x01 \x03(\v2\x12.blkstream.v1.DiskR\x05disks\"!\n" +
 	"\x0fDiskShowRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\xcb\x02\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xdc\x02\n" +
 	"\x0eDiskAddRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06socket\x18\x02 \x01(\tR\x06socket\x12\x14\n" +
@@ -1779,10 +1779,12 @@ const file_control_proto_rawDesc = "" +
 	"block_size\x18\t \x01(\rR\tblockSize\x12\x16\n" +
 	"\x06serial\x18\n" +
 	" \x01(\tR\x06serial\x12\x1d\n" +
-	"\adiscard\x18\v \x01(\bH\x00R\adiscard\x88\x01\x01\x12\x17\n" +
-	"\apoll_us\x18\f \x01(\rR\x06pollUsB\n" +
+	"\adiscard\x18\v \x01(\bH\x00R\adiscard\x88\x01\x01\x12\x1c\n" +
+	"\apoll_us\x18\f \x01(\rH\x01R\x06pollUs\x88\x01\x01B\n" +
 	"\n" +
-	"\b_discard\"#\n" +
+	"\b_discardB\n" +
+	"\n" +
+	"\b_poll_us\"#\n" +
 	"\x11DiskRemoveRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x14\n" +
 	"\x12DiskRemoveResponse\"7\n" +

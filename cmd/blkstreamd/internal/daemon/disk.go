@@ -53,10 +53,6 @@ type disk struct {
 	rec record
 }
 
-// defaultPoll is how long a queue looks for work before it sleeps when the configuration does not say: QEMU's
-// default for an iothread.
-const defaultPoll = 32 * time.Microsecond
-
 func (d *Daemon) ctx() context.Context { return context.Background() }
 
 // startConfigured serves a disk of the configuration from the image that it is on, which is another one than
@@ -152,14 +148,10 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 			r.Image, size, spec.BlockSize), root.Close())
 	}
 	k := &disk{d: d, spec: spec, rec: r, graph: blk.NewGraph(root), served: make(chan struct{})}
-	poll := defaultPoll
-	if spec.PollUS > 0 {
-		poll = time.Duration(spec.PollUS) * time.Microsecond
-	}
 	k.dev = vblk.New(k.graph, size, vblk.Options{
 		ID: spec.ID, Serial: spec.Serial, Queues: spec.Queues, Depth: spec.QueueSize, BlockSize: spec.BlockSize,
 		ReadOnly: spec.ReadOnly, Discard: spec.Discard, WriteThrough: spec.Cache == "writethrough",
-		PollMax: poll, NoURing: os.Getenv("BLKSTREAM_NO_URING") != "", Log: d.opts.Log,
+		PollMax: time.Duration(spec.PollUS) * time.Microsecond, NoURing: os.Getenv("BLKSTREAM_NO_URING") != "", Log: d.opts.Log,
 	})
 	k.server = vhostuser.NewServer(k.dev, vhostuser.Options{Logger: d.opts.Log.With("disk", spec.ID)})
 	if err := k.serve(); err != nil {

@@ -93,7 +93,7 @@ func (s *service) DiskAdd(_ context.Context, r *control.DiskAddRequest) (*contro
 	defer s.d.changes.Unlock()
 	spec := config.NewDisk()
 	spec.ID, spec.Socket, spec.Image, spec.Format = r.Id, r.Socket, r.Image, r.Format
-	spec.ReadOnly, spec.Serial, spec.PollUS = r.ReadOnly, r.Serial, int(r.PollUs)
+	spec.ReadOnly, spec.Serial = r.ReadOnly, r.Serial
 	if r.Queues != 0 {
 		spec.Queues = int(r.Queues)
 	}
@@ -108,6 +108,9 @@ func (s *service) DiskAdd(_ context.Context, r *control.DiskAddRequest) (*contro
 	}
 	if r.Discard != nil {
 		spec.Discard = *r.Discard
+	}
+	if r.PollUs != nil {
+		spec.PollUS = int(*r.PollUs)
 	}
 	if err := spec.Validate(); err != nil {
 		return nil, control.Errorf(control.ErrInvalid, "%w", err)
