@@ -26,6 +26,7 @@ const (
 	DefaultQueues    = 1
 	DefaultQueueSize = 256
 	DefaultCache     = "none"
+	DefaultLock      = "always"
 	DefaultBlockSize = 512
 	DefaultPollUS    = 32 // as QEMU's iothreads
 )
@@ -62,6 +63,7 @@ type Disk struct {
 	Queues     int    // 1 to 64
 	QueueSize  int    // power of two, 2 to 1024
 	Cache      string // none, writeback, writethrough, unsafe
+	Lock       string // always, running
 	BlockSize  int    // 512 or 4096
 	Serial     string // at most 20 printable ASCII characters
 	Discard    bool
@@ -82,6 +84,7 @@ func NewDisk() Disk {
 		Queues:    DefaultQueues,
 		QueueSize: DefaultQueueSize,
 		Cache:     DefaultCache,
+		Lock:      DefaultLock,
 		BlockSize: DefaultBlockSize,
 		Discard:   true,
 		PollUS:    DefaultPollUS,

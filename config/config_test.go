@@ -28,6 +28,7 @@ read_only = true
 queues = 2
 queue_size = 1024
 cache = "writeback"
+lock = "running"
 block_size = "4K"
 serial = "vm1-root"
 discard = false
@@ -51,11 +52,11 @@ func TestParse(t *testing.T) {
 	}
 	want := []Disk{{
 		ID: "disk0", Socket: "/run/b/disk0.sock", Image: "/var/lib/images/vm1.img", Format: "raw",
-		ReadOnly: true, Queues: 2, QueueSize: 1024, Cache: "writeback", BlockSize: 4096,
+		ReadOnly: true, Queues: 2, QueueSize: 1024, Cache: "writeback", Lock: "running", BlockSize: 4096,
 		Serial: "vm1-root", Discard: false, PollUS: 50,
 	}, {
 		ID: "disk1", Socket: "fd:3", Image: "/var/lib/images/vm2.img", Format: "raw",
-		Queues: 1, QueueSize: 256, Cache: "none", BlockSize: 512, Discard: true, PollUS: 32,
+		Queues: 1, QueueSize: 256, Cache: "none", Lock: "always", BlockSize: 512, Discard: true, PollUS: 32,
 	}}
 	if !reflect.DeepEqual(f.Disks, want) {
 		t.Errorf("disks:\n got %+v\nwant %+v", f.Disks, want)
@@ -63,7 +64,7 @@ func TestParse(t *testing.T) {
 	if f.Path != "b.toml" || f.Daemon.Control != "/run/b/control.sock" || f.Daemon.StateDir != "/var/lib/b" {
 		t.Errorf("file: %+v", f)
 	}
-	for id, line := range map[string]int{"disk0": 10, "disk1": 28, "disk2": 0} {
+	for id, line := range map[string]int{"disk0": 10, "disk1": 29, "disk2": 0} {
 		if got := f.ImageLine(id); got != line {
 			t.Errorf("ImageLine(%s) = %d, want %d", id, got, line)
 		}
@@ -141,6 +142,8 @@ f:2: disk number 1: format: missing; it is never guessed: give one of raw, qcow2
 		{"no queues", minimal + "queues = 0", `f:6: disk "a": queues: 0: want 1 to 64`},
 		{"queue size", minimal + "queue_size = 300", `f:6: disk "a": queue_size: 300: want a power of two, 2 to 1024`},
 		{"cache", minimal + "cache = 'directsync'", `f:6: disk "a": cache: "directsync": want one of none, writeback, writethrough, unsafe`},
+		{"lock", minimal + "lock = 'never'", `f:6: disk "a": lock: "never": want one of always, running`},
+		{"lock and cache", minimal + "lock = 'running'\ncache = 'writeback'", `f:6: disk "a": lock: "running" needs cache = "none": another host does not see this one's page cache`},
 		{"block size", minimal + "block_size = 1024", `f:6: disk "a": block_size: 1024: want 512 or 4096`},
 		{"serial", minimal + "serial = '123456789012345678901'", `f:6: disk "a": serial: "123456789012345678901": want at most 20 printable ASCII characters`},
 		{"poll", minimal + "poll_us = -1", `f:6: disk "a": poll_us: -1: want 0 to 1000000`},

@@ -75,6 +75,7 @@ func (t *table) disk(daemon *Daemon, sockets map[string]string, imageLines map[s
 	t.int("queues", &disk.Queues)
 	t.int("queue_size", &disk.QueueSize)
 	t.string("cache", &disk.Cache)
+	t.string("lock", &disk.Lock)
 	t.intSize("block_size", &disk.BlockSize)
 	t.string("serial", &disk.Serial)
 	t.bool("discard", &disk.Discard)

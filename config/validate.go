@@ -25,6 +25,7 @@ const (
 var (
 	formats    = []string{"raw", "qcow2", "add-cow"}
 	caches     = []string{"none", "writeback", "writethrough", "unsafe"}
+	locks      = []string{"always", "running"}
 	blockSizes = []int{512, 4096}
 )
 
@@ -136,6 +137,14 @@ func (d *Disk) problems() []problem {
 	}
 	if !slices.Contains(caches, d.Cache) {
 		p.addf("cache", "%q: want one of %s", d.Cache, strings.Join(caches, ", "))
+	}
+	switch {
+	case !slices.Contains(locks, d.Lock):
+		p.addf("lock", "%q: want one of %s", d.Lock, strings.Join(locks, ", "))
+	case d.Lock == "running" && d.Format != "raw":
+		p.addf("lock", "\"running\" is for raw images: what is kept in memory of others would be out of date")
+	case d.Lock == "running" && d.Cache != "none" && !d.ReadOnly:
+		p.addf("lock", "\"running\" needs cache = \"none\": another host does not see this one's page cache")
 	}
 	if !slices.Contains(blockSizes, d.BlockSize) {
 		p.addf("block_size", "%d: want 512 or 4096", d.BlockSize)

@@ -299,6 +299,7 @@ func (q *queue) Stop() (uint16, error) {
 	delete(q.dev.queues, q)
 	q.dev.past.add(q.count.load())
 	q.dev.mu.Unlock()
+	q.dev.unuse()
 	return base, nil
 }
 
