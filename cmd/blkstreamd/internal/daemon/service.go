@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/blkstream/blkstream/config"
@@ -114,6 +115,10 @@ func (s *service) DiskAdd(_ context.Context, r *control.DiskAddRequest) (*contro
 	}
 	if err := spec.Validate(); err != nil {
 		return nil, control.Errorf(control.ErrInvalid, "%w", err)
+	}
+	if strings.HasPrefix(spec.Socket, "fd:") {
+		return nil, control.Errorf(control.ErrInvalid, "socket %q: descriptors are for disks of the configuration, "+
+			"which the daemon inherits when it is started", spec.Socket)
 	}
 	for _, k := range s.d.list() {
 		if k.spec.ID == spec.ID {
