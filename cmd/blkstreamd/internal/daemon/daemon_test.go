@@ -523,6 +523,29 @@ func TestImageRoots(t *testing.T) {
 	}
 }
 
+// The storage of a job that is cancelled does not answer: the user gets his prompt back, and is told.
+func TestCancelHangs(t *testing.T) {
+	b := newBed(t)
+	d, c := b.start(b.load(""))
+	answers := make(chan struct{})
+	_, err := d.jobs.Start(job.Record{ID: "j", Kind: kindCopy, Disk: "disk0"}, func(ctx context.Context, _ *job.Job) error {
+		<-answers
+		return context.Cause(ctx)
+	})
+	b.must(err)
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond) // instead of cancelWait
+	defer cancel()
+	_, err = (&service{d}).JobCancel(ctx, &control.JobCancelRequest{Id: "j"})
+	b.wants(err, context.DeadlineExceeded, "job j is being cancelled", "blkstream job watch j")
+	j, err := c.JobShow(t.Context(), &control.JobShowRequest{Id: "j"})
+	b.must(err)
+	if j.State != job.StateRunning || !strings.Contains(j.Message, "being cancelled") {
+		t.Errorf("meanwhile: %v", j)
+	}
+	close(answers)
+	b.wait(c, "j", job.StateCancelled)
+}
+
 func TestSecondDaemon(t *testing.T) {
 	b := newBed(t)
 	image := b.image("a.img")
