@@ -321,10 +321,10 @@ func TestRequests(t *testing.T) {
 			},
 		},
 		{
-			"disk add --id a --image /a.img --format raw --socket fd:5 --read-only --queues 4 --queue-size 128 " +
+			"disk add --id a --image /a.img --format raw --socket /run/a.sock --read-only --queues 4 --queue-size 128 " +
 				"--cache writeback --block-size 4K --serial x --discard=false --poll-us 0",
 			&control.DiskAddRequest{
-				Id: "a", Image: "/a.img", Format: "raw", Socket: "fd:5", ReadOnly: true, Queues: 4, QueueSize: 128,
+				Id: "a", Image: "/a.img", Format: "raw", Socket: "/run/a.sock", ReadOnly: true, Queues: 4, QueueSize: 128,
 				Cache: "writeback", BlockSize: 4096, Serial: "x", Discard: &no, PollUs: poll(0),
 			},
 		},

@@ -66,7 +66,7 @@ func (a *app) diskAddCmd() *cobra.Command {
 	blockSize := size{value: config.DefaultBlockSize, name: "SIZE"}
 	cmd := &cobra.Command{
 		Use:     "add --id ID --image IMAGE --format FORMAT --socket PATH",
-		Short:   "Serve another disk until the daemon stops",
+		Short:   "Serve another disk, also after restarts, until it is removed",
 		Example: "  blkstream --socket CONTROL disk add --id disk1 --image /images/a.img --format raw --socket /run/disk1.sock",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {

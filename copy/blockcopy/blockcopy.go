@@ -43,9 +43,12 @@ type Setup struct {
 
 const (
 	smallRest    = 64 << 20         // bytes: mirrored writes start when no more than this is dirty
-	shrinkFactor = 0.75             // a pass must leave less than this part of what it found
+	shrinkFactor = 0.75             // a pass must leave less than this part of what it found; so must a flush take, of the last one
 	switchWait   = 10 * time.Second // for requests in flight
 	rangeBytes   = 64 << 20         // of zeroes at a time
+
+	shortFlush = 5 * time.Millisecond // of the target: one that may hold the guest
+	maxFlushes = 8                    // while waiting for a short one
 )
 
 // copier is one run.
@@ -363,9 +366,19 @@ func (c *copier) switchOver(ctx context.Context) error {
 	c.job.Update(func(r *job.Record) { r.Stage = job.StageSwitch })
 	t := blk.NewTask()
 	flush := func() error { return blk.Do(t, c.Target, &blk.Request{Op: blk.OpFlush}) }
-	// Most of the flushing is done while the guest still runs.
-	if err := flush(); err != nil {
-		return c.flushFailed(err)
+	// The flush that holds the guest has to write what came since the one before it, which is what the guest wrote
+	// while that one ran: each is shorter than the last, unless the guest writes as fast as the target, or the time
+	// is not that of writing.
+	for n, before := 0, time.Duration(0); n < maxFlushes && ctx.Err() == nil; n++ {
+		start := time.Now()
+		if err := flush(); err != nil {
+			return c.flushFailed(err)
+		}
+		took := time.Since(start)
+		if took <= shortFlush || n > 0 && float64(took) > shrinkFactor*float64(before) {
+			break
+		}
+		before = took
 	}
 	wait, cancel := context.WithTimeout(ctx, switchWait)
 	defer cancel()

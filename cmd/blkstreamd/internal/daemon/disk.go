@@ -75,6 +75,10 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 			"write image = %q, or, if you are sure that %s holds the disk, remove %s/%s/%s.json",
 			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, spec.Image, r.Image, spec.Image,
 			d.file.Daemon.StateDir, recordKind, spec.ID)
+	case found && spec.Format != r.Format && len(r.Moved) > 0:
+		// Under the wrong format the guest would read the right one's metadata, and overwrite it.
+		return fmt.Errorf("%s:%d: disk %q was moved to %s, which is %s, but the configuration says %s: write format = %q",
+			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, r.Format, spec.Format, r.Format)
 	default:
 		r = record{Image: spec.Image, Format: spec.Format}
 		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
