@@ -64,7 +64,7 @@ fuzz: ## every fuzz target for FUZZTIME (default 30s)
 	    echo "$$pkg $$f"; $(GO) test $$pkg -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME); \
 	  done; done
 
-bench: setup ## the table beside qemu-storage-daemon, as ratios (15 minutes of an idle machine)
+bench: setup ## the table beside qemu-storage-daemon and dd, as ratios (30 minutes of an idle machine)
 	$(GO) run ./test/compare
 
 demo: setup build ## copy the disk of a running guest, and switch it
