@@ -8,7 +8,7 @@
 // code that may wait; it runs in a Task. Formats and filters are packages of their own below this one and meet
 // only through Node.
 //
-// Locks, in the order in which they may be taken: Graph.mu, RangeLock ranges, RangeLock.mu. A mutex is never held
+// Locks, in the order in which they may be taken: Graph.mu, Graph.sourcesMu, RangeLock ranges, RangeLock.mu. A mutex is never held
 // over I/O; a range may be.
 package blk
 
