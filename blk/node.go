@@ -79,7 +79,7 @@ const (
 type Extent struct {
 	Len      int64
 	State    State
-	Depth    uint8     // backing layers below the node that was asked
+	Depth    uint16    // backing layers below the node that was asked
 	Writable bool      // the bytes may be overwritten in place at Host, HostOff
 	Host     *HostFile // nil: not directly addressable
 	HostOff  int64
