@@ -126,7 +126,7 @@ func scan(t *blk.Task, storage blk.Node, repair Repair, window int64) (CheckResu
 	// Whole refcount blocks, so that a new one can be written when its window has been counted.
 	c.window = min(roundUp(window, 1<<h.refBlockBits()), roundUp(c.end, 1<<h.refBlockBits()))
 	c.refs, c.l2s = newCounts(c.window), newCounts(c.window)
-	c.active, c.single, c.lowered = newBitset(c.window), newBitset(c.window), newBitset(c.window)
+	c.active, c.single, c.changed = newBitset(c.window), newBitset(c.window), newBitset(c.window)
 	c.table = blk.GetBuffer(int(h.ClusterSize()))
 	defer c.table.Free()
 	for lo := int64(0); lo < c.end; lo += c.window {
@@ -169,7 +169,7 @@ type checker struct {
 	l2s     *counts     // references from L1 tables
 	active  bitset      // clusters of l2s that are of the active L1 table
 	single  bitset      // clusters of refs whose reference count in the image is 1
-	lowered bitset      // and was more before we lowered it
+	changed bitset      // clusters of refs whose reference count we changed
 
 	quiet   bool // over the L2 tables for another time: what is wrong with them was reported
 	l1Seen  bool // likewise of the L1 tables
@@ -740,7 +740,7 @@ func (c *checker) checkShared() error {
 // compare holds the window's references against the reference counts in the image.
 func (c *checker) compare() error {
 	clear(c.single)
-	clear(c.lowered)
+	clear(c.changed)
 	per := int64(1) << c.h.refBlockBits()
 	for first := c.refs.lo; first < min(c.refs.lo+c.window, c.end); first += per {
 		off := c.refBlock(first / per)
@@ -777,7 +777,8 @@ func (c *checker) used(cluster int64) {
 func (c *checker) compareBlock(first, end, off int64) (changed bool) {
 	b := refcounts{c.table.B, c.h.RefcountOrder}
 	for cl := first; cl < end; cl++ {
-		is, want := b.get(int(cl-first)), c.refs.get(cl)
+		was, want := b.get(int(cl-first)), c.refs.get(cl)
+		is := was
 		if is == 0 && want == 0 {
 			continue
 		}
@@ -787,18 +788,21 @@ func (c *checker) compareBlock(first, end, off int64) (changed bool) {
 			c.found(true, cl<<c.h.ClusterBits, "leaked: reference count %d, %d references", is, want)
 			if c.repair != RepairNone && !c.blind {
 				b.set(int(cl-first), want)
-				c.lowered.set(cl - c.refs.lo)
-				is, changed = want, true
+				is = want
 			}
 		case is < want:
 			c.found(false, cl<<c.h.ClusterBits, "reference count %d, %d references", is, want)
 			if c.repair == RepairAll && want <= c.h.maxRefcount() {
 				b.set(int(cl-first), want)
-				is, changed = want, true
+				is = want
 			}
 		}
 		if is == 1 {
 			c.single.set(cl - c.refs.lo)
+		}
+		if is != was {
+			c.changed.set(cl - c.refs.lo)
+			changed = true
 		}
 	}
 	return changed
@@ -867,7 +871,7 @@ func (c *checker) checkCopiedL2(at int64, _ uint64, _ bool) error {
 // copiedBit looks at the copied bit of an entry, at the offset at, that points to off, in a data file or not. It
 // reports whether it changed it.
 func (c *checker) copiedBit(e *uint64, at, off int64, dataFile bool) bool {
-	var single, lowered bool
+	var single, changed bool
 	switch cl := off >> c.h.ClusterBits; {
 	case dataFile:
 		// Clusters of a data file have no reference counts; they are nobody else's.
@@ -878,13 +882,13 @@ func (c *checker) copiedBit(e *uint64, at, off int64, dataFile bool) bool {
 	case !c.refs.has(cl):
 		return false
 	default:
-		single, lowered = c.single.has(cl-c.refs.lo), c.lowered.has(cl-c.refs.lo)
+		single, changed = c.single.has(cl-c.refs.lo), c.changed.has(cl-c.refs.lo)
 	}
 	if single == (*e&copied != 0) {
 		return false
 	}
-	// A count of 1 that we have just made leaves the bit unset: no error of the image's.
-	if !lowered {
+	// Where we have just changed the count, the bit is wrong by that.
+	if !changed {
 		c.copiedErrors++
 		if single {
 			c.found(false, at, "entry %#x: the copied bit is not set, and the reference count is 1", *e)
