@@ -19,7 +19,9 @@ import (
 //     compare with the refcount blocks, and repair them in place;
 //     compare the copied bits of the active tables with the reference counts, and repair them.
 //  3. If the refcount blocks cannot be repaired in place: write new ones behind the end of the image, then the header.
-//  4. After a repair: the whole again, to see what is left. If nothing is: clear the dirty and the corrupt bit.
+//
+// A repair is a check; if it found something, these steps again with repairs; and another check, to see what is left.
+// If nothing is, the dirty and the corrupt bit are cleared.
 //
 // A repair may be cut off anywhere. Reference counts are only ever set to what the references are, which a repair does
 // not change; so each step makes the image better or leaves it, in whatever order the disk writes.
@@ -80,13 +82,18 @@ func check(t *blk.Task, storage blk.Node, repair Repair, window int64) (CheckRes
 	if repair != RepairNone && storage.Info().ReadOnly {
 		return CheckResult{}, blk.ErrReadOnly
 	}
-	found, err := scan(t, storage, repair, window)
+	found, trouble, err := scan(t, storage, RepairNone, window, trouble{})
 	if err != nil || repair == RepairNone {
 		return found, err
 	}
-	left, err := scan(t, storage, RepairNone, window)
-	if err != nil {
-		return found, err
+	left := found
+	if found.Errors+found.Leaks > 0 {
+		if err := repairWith(t, storage, repair, window, trouble); err != nil {
+			return found, err
+		}
+		if left, _, err = scan(t, storage, RepairNone, window, trouble); err != nil {
+			return found, err
+		}
 	}
 	if repair == RepairAll && left.Errors == 0 {
 		if err := clearBits(t, storage); err != nil {
@@ -111,42 +118,55 @@ func repairDirty(t *blk.Task, storage blk.Node) (*Header, error) {
 	return ReadHeader(t, storage)
 }
 
-// scan is one check; with repairs it does not look again.
-func scan(t *blk.Task, storage blk.Node, repair Repair, window int64) (CheckResult, error) {
+// repairWith does what can be done, given the trouble that was found.
+func repairWith(t *blk.Task, storage blk.Node, repair Repair, window int64, known trouble) error {
+	_, now, err := scan(t, storage, repair, window, known)
+	// What is not seen now would not be counted, and what points behind the end would point into the new blocks.
+	if err != nil || repair != RepairAll || !now.rebuild || now.blind || now.beyond {
+		return err
+	}
+	if err := rebuildRefcounts(t, storage, window); err != nil {
+		return err
+	}
+	// The copied bits, against the new counts.
+	_, _, err = scan(t, storage, repair, window, trouble{})
+	return err
+}
+
+// scan goes through the image once. With repairs its counts of errors and leaks mean little: one may cure another.
+func scan(t *blk.Task, storage blk.Node, repair Repair, window int64, known trouble) (CheckResult, trouble, error) {
+	c, err := newChecker(t, storage, repair, window)
+	if err != nil {
+		return CheckResult{}, known, err
+	}
+	defer c.table.Free()
+	c.trouble = known
+	for lo := int64(0); lo < c.end; lo += c.window {
+		if err := c.checkWindow(lo); err != nil {
+			return c.res, c.trouble, err
+		}
+	}
+	return c.res, c.trouble, nil
+}
+
+// newChecker reads what a check knows from the beginning. Its table is the caller's to free.
+func newChecker(t *blk.Task, storage blk.Node, repair Repair, window int64) (*checker, error) {
 	h, err := ReadHeader(t, storage)
 	if err != nil {
-		return CheckResult{}, err
+		return nil, err
 	}
 	c := &checker{t: t, storage: storage, h: h, lay: h.layout(), repair: repair}
 	c.end = roundUp(storage.Info().Size, h.ClusterSize()) >> h.ClusterBits
 	c.res.TotalClusters = roundUp(h.Size, h.ClusterSize()) >> h.ClusterBits
 	if err := c.load(); err != nil {
-		return c.res, err
+		return nil, err
 	}
 	// Whole refcount blocks, so that a new one can be written when its window has been counted.
 	c.window = min(roundUp(window, 1<<h.refBlockBits()), roundUp(c.end, 1<<h.refBlockBits()))
 	c.refs, c.l2s = newCounts(c.window), newCounts(c.window)
-	c.active, c.single, c.changed = newBitset(c.window), newBitset(c.window), newBitset(c.window)
+	c.active, c.single = newBitset(c.window), newBitset(c.window)
 	c.table = blk.GetBuffer(int(h.ClusterSize()))
-	defer c.table.Free()
-	for lo := int64(0); lo < c.end; lo += c.window {
-		if err := c.checkWindow(lo); err != nil {
-			return c.res, err
-		}
-	}
-	// What is not seen now would not be counted, and what points behind the end would point into the new blocks.
-	if c.rebuild && repair == RepairAll && !c.blind && !c.beyond {
-		if err := c.rebuildRefcounts(); err != nil {
-			return c.res, err
-		}
-		// The copied bits, against the new counts.
-		again, err := scan(t, storage, RepairAll, window)
-		if err != nil {
-			return c.res, err
-		}
-		c.res.ImageEnd = again.ImageEnd
-	}
-	return c.res, nil
+	return c, nil
 }
 
 type checker struct {
@@ -173,13 +193,19 @@ type checker struct {
 
 	quiet   bool // over the L2 tables for another time: what is wrong with them was reported
 	l1Seen  bool // likewise of the L1 tables
-	blind   bool // references could not be followed: what looks lost may be in use
-	beyond  bool // something points behind the end of the file
-	rebuild bool // the refcount blocks cannot be repaired in place
+	trouble trouble
 	noRefs  bool // refcount table and blocks do not count: they are to be replaced
 	sets    bool // copied bits may be set
 
 	copiedErrors int64 // those of res.Errors that are about copied bits
+}
+
+// trouble is what keeps a repair from doing its work the simple way, or at all.
+type trouble struct {
+	blind   bool // references could not be followed: what looks lost may be in use
+	beyond  bool // something points behind the end of the file
+	rebuild bool // the refcount blocks cannot be repaired in place
+	shared  bool // nor written: what they are is something else, too
 }
 
 // area is a contiguous part of the file, in bytes.
@@ -263,7 +289,7 @@ func (c *checker) loadSnapshots() error {
 		n := roundUp(40+extra+int64(be.Uint16(e[12:]))+int64(be.Uint16(e[14:])), 8)
 		if at+n > c.fileEnd() || at+n-base > maxDirectory {
 			c.found(false, at, "entry %d of the snapshot table is cut off", i)
-			c.blind = true
+			c.trouble.blind = true
 			break
 		}
 		if c.h.Version >= 3 && extra < 16 {
@@ -292,7 +318,7 @@ func (c *checker) addArea(a area, most int64, room *int64) (bool, error) {
 	switch {
 	case a.off <= 0 || a.off&(c.h.ClusterSize()-1) != 0 || a.n > most || a.off > c.fileEnd()-size:
 		c.found(false, a.off, "%s, of %d bytes, cannot be here", a.what, a.n)
-		c.blind = true
+		c.trouble.blind = true
 		return false, nil
 	case size > *room:
 		return false, fmt.Errorf("%s and the ones before are larger than the file: %w", a.what, ErrTooLarge)
@@ -328,7 +354,7 @@ func (c *checker) loadBitmaps() error {
 		n := roundUp(24+int64(be.Uint16(e[18:]))+int64(be.Uint32(e[20:])), 8)
 		if at+n > end {
 			c.found(false, at, "entry %d of the bitmap directory is cut off", i)
-			c.blind = true
+			c.trouble.blind = true
 			return nil
 		}
 		a := area{int64(be.Uint64(e[:])), int64(be.Uint32(e[8:])) * 8, fmt.Sprintf("the table of bitmap %d", i)}
@@ -437,7 +463,7 @@ func (c *checker) countRefcounts() error {
 		}
 		if bad := c.badOffset(off); bad != "" {
 			c.fault(h.RefTableOffset+8*int64(i), "entry %d of the refcount table: %#x is %s", i, off, bad)
-			c.rebuild = true
+			c.trouble.rebuild = true
 			continue
 		}
 		if err := c.addRange(off, h.ClusterSize(), 1); err != nil {
@@ -494,7 +520,7 @@ func (c *checker) countBitmap(a area) error {
 			}
 			if bad := c.badOffset(off); bad != "" {
 				c.fault(at+int64(i), "%s: %#x is %s", a.what, off, bad)
-				c.blind = true
+				c.trouble.blind = true
 				continue
 			}
 			if err := c.addRange(off, c.h.ClusterSize(), 1); err != nil {
@@ -563,7 +589,7 @@ func (c *checker) countL1(l1 area, active bool) error {
 				if !c.l1Seen {
 					c.found(false, at+int64(i), "%s: L2 table at %#x, %s", l1.what, off, bad)
 				}
-				c.blind = true
+				c.trouble.blind = true
 				continue
 			}
 			cl := off >> c.h.ClusterBits
@@ -611,7 +637,7 @@ func (c *checker) countL2(at int64, weight uint64, active bool) error {
 		}
 		if off+n-1 >= c.fileEnd() {
 			c.fault(at+int64(i), "L2 entry %#x: the cluster at %#x is behind the end of the file", uint64(e), off)
-			c.beyond = true
+			c.trouble.beyond = true
 		}
 		if err := c.addRange(off, n, weight); err != nil {
 			return err
@@ -648,7 +674,7 @@ func (c *checker) entryRange(e l2Entry, sub uint64) (off, n int64, bad string) {
 	}
 	switch {
 	case off&(c.h.ClusterSize()-1) != 0:
-		c.blind = true
+		c.trouble.blind = true
 		return 0, 0, "the cluster is not at the beginning of one"
 	case c.lay.words == 2 && uint32(sub)&uint32(sub>>32) != 0:
 		bad = fmt.Sprintf("subclusters with data that read as zeros: bitmap %#x", sub)
@@ -720,7 +746,7 @@ func (c *checker) checkShared() error {
 	refcounts := func(a area) {
 		inWindow(a, func(cl int64) {
 			c.found(false, cl<<c.h.ClusterBits, "this cluster of the reference counts is referenced from elsewhere")
-			c.rebuild = true
+			c.trouble.rebuild, c.trouble.shared = true, true
 		})
 	}
 	refcounts(area{off: c.h.RefTableOffset, n: int64(c.h.RefTableClusters) << c.h.ClusterBits})
@@ -740,7 +766,6 @@ func (c *checker) checkShared() error {
 // compare holds the window's references against the reference counts in the image.
 func (c *checker) compare() error {
 	clear(c.single)
-	clear(c.changed)
 	per := int64(1) << c.h.refBlockBits()
 	for first := c.refs.lo; first < min(c.refs.lo+c.window, c.end); first += per {
 		off := c.refBlock(first / per)
@@ -765,7 +790,7 @@ func (c *checker) compareNone(first, end int64) {
 	for cl := c.refs.next(first); cl < end; cl = c.refs.next(cl + 1) {
 		c.found(false, cl<<c.h.ClusterBits, "%d references, and no refcount block", c.refs.get(cl))
 		c.used(cl)
-		c.rebuild = true
+		c.trouble.rebuild = true
 	}
 }
 
@@ -775,9 +800,11 @@ func (c *checker) used(cluster int64) {
 
 // compareBlock corrects the refcount block in c.table, if it may, and reports whether it did.
 func (c *checker) compareBlock(first, end, off int64) (changed bool) {
-	b := refcounts{c.table.B, c.h.RefcountOrder}
+	b, order := c.table.B, c.h.RefcountOrder
+	lowers := c.repair != RepairNone && !c.trouble.shared && !c.trouble.blind
+	raises := c.repair == RepairAll && !c.trouble.shared
 	for cl := first; cl < end; cl++ {
-		was, want := b.get(int(cl-first)), c.refs.get(cl)
+		was, want := getCount(b, order, cl-first), c.refs.get(cl)
 		is := was
 		if is == 0 && want == 0 {
 			continue
@@ -786,31 +813,28 @@ func (c *checker) compareBlock(first, end, off int64) (changed bool) {
 		switch {
 		case is > want:
 			c.found(true, cl<<c.h.ClusterBits, "leaked: reference count %d, %d references", is, want)
-			if c.repair != RepairNone && !c.blind {
-				b.set(int(cl-first), want)
+			if lowers {
+				putCount(b, order, cl-first, want)
 				is = want
 			}
 		case is < want:
 			c.found(false, cl<<c.h.ClusterBits, "reference count %d, %d references", is, want)
-			if c.repair == RepairAll && want <= c.h.maxRefcount() {
-				b.set(int(cl-first), want)
+			if raises && want <= c.h.maxRefcount() {
+				putCount(b, order, cl-first, want)
 				is = want
 			}
 		}
 		if is == 1 {
 			c.single.set(cl - c.refs.lo)
 		}
-		if is != was {
-			c.changed.set(cl - c.refs.lo)
-			changed = true
-		}
+		changed = changed || is != was
 	}
 	return changed
 }
 
 // checkCopied holds the copied bits of the active tables against the reference counts of the window.
 func (c *checker) checkCopied() error {
-	c.sets = c.repair == RepairAll || c.repair == RepairLeaks && c.res.Errors == c.copiedErrors && !c.blind
+	c.sets = c.repair == RepairAll || c.repair == RepairLeaks && c.res.Errors == c.copiedErrors && !c.trouble.blind
 	err := c.pieces(c.l1s[0], func(b []byte, at int64) (changed bool, err error) {
 		for i := 0; i+8 <= len(b); i += 8 {
 			e := binary.BigEndian.Uint64(b[i:])
@@ -871,7 +895,7 @@ func (c *checker) checkCopiedL2(at int64, _ uint64, _ bool) error {
 // copiedBit looks at the copied bit of an entry, at the offset at, that points to off, in a data file or not. It
 // reports whether it changed it.
 func (c *checker) copiedBit(e *uint64, at, off int64, dataFile bool) bool {
-	var single, changed bool
+	var single bool
 	switch cl := off >> c.h.ClusterBits; {
 	case dataFile:
 		// Clusters of a data file have no reference counts; they are nobody else's.
@@ -882,19 +906,16 @@ func (c *checker) copiedBit(e *uint64, at, off int64, dataFile bool) bool {
 	case !c.refs.has(cl):
 		return false
 	default:
-		single, changed = c.single.has(cl-c.refs.lo), c.changed.has(cl-c.refs.lo)
+		single = c.single.has(cl - c.refs.lo)
 	}
 	if single == (*e&copied != 0) {
 		return false
 	}
-	// Where we have just changed the count, the bit is wrong by that.
-	if !changed {
-		c.copiedErrors++
-		if single {
-			c.found(false, at, "entry %#x: the copied bit is not set, and the reference count is 1", *e)
-		} else {
-			c.found(false, at, "entry %#x: the copied bit is set, and the reference count is not 1", *e)
-		}
+	c.copiedErrors++
+	if single {
+		c.found(false, at, "entry %#x: the copied bit is not set, and the reference count is 1", *e)
+	} else {
+		c.found(false, at, "entry %#x: the copied bit is set, and the reference count is not 1", *e)
 	}
 	if !c.sets || c.repair == RepairLeaks && !single {
 		return false

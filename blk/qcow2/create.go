@@ -394,10 +394,9 @@ func (c *creation) writeRefBlocks() error {
 	width := per << c.h.RefcountOrder / 8 // bytes of these
 	err := c.stream(c.refBlocks<<c.h.ClusterBits, c.refBlockCount<<c.h.ClusterBits, func(b []byte, at int64) {
 		clear(b)
-		r := refcounts{b, c.h.RefcountOrder}
 		first := at / width * per
 		for i := range min(int64(len(b))/width*per, max(0, c.end-first)) {
-			r.set(int(i), 1)
+			putCount(b, c.h.RefcountOrder, i, 1)
 		}
 	})
 	if err != nil {

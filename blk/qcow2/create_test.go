@@ -49,7 +49,7 @@ func mustBeSound(t *testing.T, storage blk.Node, window int64) CheckResult {
 		t.Fatal(err)
 	}
 	if r.Errors+r.Leaks != 0 {
-		t.Fatalf("%d errors, %d leaks: %v", r.Errors, r.Leaks, r.Findings)
+		t.Fatalf("%d errors, %d leaks: %v", r.Errors, r.Leaks, brief(r))
 	}
 	return r
 }

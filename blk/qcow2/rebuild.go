@@ -14,8 +14,13 @@ import (
 // rebuildRefcounts writes a new refcount table with new blocks behind the end of the file, and makes the header point
 // there when all of it is on stable storage. A crash before leaves the old ones in use, and the file longer. The old
 // ones are free space afterwards.
-func (c *checker) rebuildRefcounts() error {
-	c.quiet, c.noRefs = true, true
+func rebuildRefcounts(t *blk.Task, storage blk.Node, window int64) error {
+	c, err := newChecker(t, storage, RepairAll, window)
+	if err != nil {
+		return err
+	}
+	defer c.table.Free()
+	c.noRefs = true
 	per := int64(1) << c.h.refBlockBits()
 	var (
 		table []byte
@@ -95,8 +100,8 @@ func (c *checker) rebuildRefcounts() error {
 
 // fillBlock puts into c.table the references to the clusters from first on, and 1 for those in [from, to).
 func (c *checker) fillBlock(first, from, to int64) error {
-	b := refcounts{c.table.B, c.h.RefcountOrder}
-	clear(b.b)
+	b := c.table.B
+	clear(b)
 	per := int64(1) << c.h.refBlockBits()
 	for cl := c.refs.next(first); cl < first+per && c.refs.has(cl); cl = c.refs.next(cl + 1) {
 		n := c.refs.get(cl)
@@ -104,10 +109,10 @@ func (c *checker) fillBlock(first, from, to int64) error {
 			return fmt.Errorf("qcow2: rebuild the reference counts: %d references to the cluster at %#x, and reference counts of %d bits: %w",
 				n, cl<<c.h.ClusterBits, c.h.RefcountBits(), ErrTooLarge)
 		}
-		b.set(int(cl-first), n)
+		putCount(b, c.h.RefcountOrder, cl-first, n)
 	}
 	for cl := max(first, from); cl < min(first+per, to); cl++ {
-		b.set(int(cl-first), 1)
+		putCount(b, c.h.RefcountOrder, cl-first, 1)
 	}
 	return nil
 }
@@ -123,11 +128,6 @@ func clearBits(t *blk.Task, storage blk.Node) error {
 		return nil
 	}
 	return changeHeader(t, storage, func(b []byte) { binary.BigEndian.PutUint64(b[72:], clean) })
-}
-
-// resizer is storage that may be able to change its size.
-type resizer interface {
-	Resize(t *blk.Task, size int64, shrink bool) error
 }
 
 // growTo makes the storage at least size bytes long.
