@@ -140,6 +140,9 @@ func (n *Node) plan(t *blk.Task, c *chunk) (ok bool, err error) {
 	c.l = min(end, c.base+int64(len(c.old))<<n.clusterBits) - c.off
 	c.lo = c.off - n.copyBefore(c.old[0], c.off&(n.clusterSize()-1))
 	c.hi = c.off + c.l + n.copyAfter(c.old[len(c.old)-1], (c.off+c.l-1)&(n.clusterSize()-1)+1)
+	if n.dataFile { // which should not become longer than the disk
+		c.hi = min(c.hi, max(n.info.Load().Size, c.off+c.l))
+	}
 	return true, nil
 }
 
