@@ -86,6 +86,8 @@ type Extent struct {
 	// Log, if not nil, must be marked with the guest's range when a write through this extent has ended, well or
 	// not, and before it is acknowledged.
 	Log *Bitmap
+	// Unsynced: metadata that leads to this extent may not be durable yet. A write with FUA must go through Do.
+	Unsynced bool
 }
 
 // Info describes a node. It does not change while the graph runs.

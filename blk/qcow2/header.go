@@ -96,7 +96,8 @@ type Header struct {
 	Bitmaps              BitmapsExtension // all zero: the image has none
 	Extensions           []Extension      // all others, in the image's order, the feature names too
 	more                 []byte           // fields behind Compression that we do not know
-	backingOff           int64            // where BackingFile is stored
+	backingOff           int64            // where storedName is stored, 0: nowhere
+	storedName           string           // the backing file's name in the image
 	hasDataFileExtension bool
 }
 
@@ -213,6 +214,7 @@ func ParseHeader(b []byte, fileSize int64) (*Header, error) {
 			return nil, invalid("backing file name of %d bytes at %#x", nameLen, h.backingOff)
 		}
 		h.BackingFile = string(b[h.backingOff : h.backingOff+nameLen])
+		h.storedName = h.BackingFile
 		if h.backingOff >= int64(length) {
 			end = h.backingOff
 		}
@@ -456,7 +458,10 @@ func (h *Header) placeName(headLen, n int64) (int64, error) {
 		return 0, fmt.Errorf("qcow2: a backing file name of %d bytes: %w", n, blk.ErrInvalid)
 	}
 	at := headLen
-	if headLen+n > sector {
+	switch {
+	case h.backingOff >= headLen && h.storedName == h.BackingFile:
+		return h.backingOff, nil
+	case headLen+n > sector:
 		at = roundUp(headLen, sector)
 		// Two places take turns.
 		if room := roundUp(maxBackingName, sector); h.backingOff > 0 && h.backingOff < at+room {

@@ -63,11 +63,14 @@ type layout struct {
 	all         uint32 // bits of all subclusters
 	dataFile    bool
 	v2          bool
+	raw         bool // the data file is a raw image by itself
+	compression uint8
 }
 
 func (h *Header) layout() layout {
 	l := layout{
 		clusterBits: h.ClusterBits, words: h.l2EntryWords(), all: 1, dataFile: h.hasDataFile(), v2: h.Version < 3,
+		raw: h.dataFileRaw(), compression: h.Compression,
 	}
 	if h.ExtendedL2() {
 		l.all = 1<<32 - 1

@@ -305,6 +305,9 @@ func (r *request) mapAll(root blk.Node) (n int, ok bool) {
 		if e.Host == nil || !e.Host.Fits(e.HostOff, part) || kind == blk.IOWrite && !e.Writable {
 			return 0, false
 		}
+		if e.Unsynced && r.req.Flags&blk.FUA != 0 {
+			return 0, false
+		}
 		if n > 0 && e.Log != r.log {
 			return 0, false
 		}
