@@ -61,19 +61,19 @@ func (a *app) diskCmd() *cobra.Command {
 // before the command.
 func (a *app) diskAddCmd() *cobra.Command {
 	var req control.DiskAddRequest
-	discard := true
+	discard, poll := true, uint32(config.DefaultPollUS)
 	cache := choice{value: config.DefaultCache, from: []string{"none", "writeback", "writethrough", "unsafe"}}
 	blockSize := size{value: config.DefaultBlockSize, name: "SIZE"}
 	cmd := &cobra.Command{
 		Use:     "add --id ID --image IMAGE --format FORMAT --socket PATH",
-		Short:   "Serve another disk until the daemon stops",
+		Short:   "Serve another disk, also after restarts, until it is removed",
 		Example: "  blkstream --socket CONTROL disk add --id disk1 --image /images/a.img --format raw --socket /run/disk1.sock",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if blockSize.value > math.MaxUint32 {
 				return &usageError{fmt.Errorf("--block-size %d is too large", blockSize.value)}
 			}
-			req.Cache, req.BlockSize, req.Discard = cache.value, uint32(blockSize.value), &discard
+			req.Cache, req.BlockSize, req.Discard, req.PollUs = cache.value, uint32(blockSize.value), &discard, &poll
 			return a.with(func(ctx context.Context, c *control.Client, _ []string) error {
 				var err error
 				if req.Image, err = absPath(req.Image); err != nil {
@@ -105,7 +105,7 @@ func (a *app) diskAddCmd() *cobra.Command {
 	f.Var(&blockSize, "block-size", "logical block size, 512 or 4096")
 	f.StringVar(&req.Serial, "serial", "", "serial number the guest sees")
 	f.BoolVar(&discard, "discard", true, "pass the guest's discards on to the image")
-	f.Uint32Var(&req.PollUs, "poll-us", 0, "busy-poll this many microseconds before sleeping")
+	f.Uint32Var(&poll, "poll-us", poll, "most microseconds that a queue without work busy-polls before it sleeps; 0: none")
 	return cmd
 }
 

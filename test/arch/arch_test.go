@@ -110,7 +110,8 @@ func TestImports(t *testing.T) {
 		i := slices.IndexFunc(mayImport, func(r struct {
 			pkg     string
 			imports []string
-		}) bool {
+		},
+		) bool {
 			return matches(r.pkg, pkg)
 		})
 		if i < 0 {
@@ -165,8 +166,12 @@ func TestMatches(t *testing.T) {
 		pattern, pkg string
 		want         bool
 	}{
-		{"blk", "blk", true}, {"blk", "blk/raw", false}, {"blk/...", "blk/raw", true},
-		{"blk/...", "blk", true}, {"blk/...", "blkx", false}, {"...", "virtq", true},
+		{"blk", "blk", true},
+		{"blk", "blk/raw", false},
+		{"blk/...", "blk/raw", true},
+		{"blk/...", "blk", true},
+		{"blk/...", "blkx", false},
+		{"...", "virtq", true},
 		{"cmd/blkstream", "cmd/blkstreamd", false},
 	} {
 		if got := matches(c.pattern, c.pkg); got != c.want {

@@ -6,6 +6,7 @@ package daemon
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -27,6 +28,7 @@ type Disk struct {
 	Image    string // a raw image
 	Queues   int    // default 1
 	ReadOnly bool
+	Lock     string // default "always"
 }
 
 // Daemon is one blkstreamd with a folder of its own: configuration, sockets,
@@ -65,8 +67,8 @@ func New(bin string, disks ...Disk) (*Daemon, error) {
 	var b strings.Builder
 	fmt.Fprintf(&b, "[daemon]\ncontrol = %q\nstate_dir = %q\n", d.path("control"), d.path("state"))
 	for _, k := range disks {
-		fmt.Fprintf(&b, "\n[[disk]]\nid = %q\nsocket = %q\nimage = %q\nformat = \"raw\"\nread_only = %v\nqueues = %d\n",
-			k.ID, d.Socket(k.ID), k.Image, k.ReadOnly, max(1, k.Queues))
+		fmt.Fprintf(&b, "\n[[disk]]\nid = %q\nsocket = %q\nimage = %q\nformat = \"raw\"\nread_only = %v\nqueues = %d\nlock = %q\n",
+			k.ID, d.Socket(k.ID), k.Image, k.ReadOnly, max(1, k.Queues), cmp.Or(k.Lock, "always"))
 	}
 	return d, errors.Join(
 		os.Mkdir(d.path("state"), 0o700),

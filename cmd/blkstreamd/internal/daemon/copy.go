@@ -140,7 +140,7 @@ func (d *Daemon) copy(req *control.CopyRequest) (*job.Job, error) {
 
 // startCopy opens the target and starts the job. blank: the target is new.
 func (d *Daemon) startCopy(k *disk, r job.Record, blank bool) (*job.Job, error) {
-	target, err := d.openImage(r.Target, r.Format, &k.spec)
+	target, err := d.openImage(r.Target, r.Format, &k.spec, false)
 	if err != nil {
 		return nil, err
 	}
@@ -150,7 +150,11 @@ func (d *Daemon) startCopy(k *disk, r job.Record, blank bool) (*job.Job, error) 
 		return nil, errors.Join(control.Errorf(control.ErrInvalid, "%s has %d bytes, disk %q has %d: make the target larger",
 			r.Target, t, k.spec.ID, size), target.Close())
 	}
+	if err := k.hold(true); err != nil {
+		return nil, errors.Join(err, target.Close())
+	}
 	j, err := d.jobs.Start(r, func(ctx context.Context, j *job.Job) error {
+		defer k.hold(false) //nolint:errcheck // what is locked too long harms nobody
 		err := blockcopy.Run(ctx, j, blockcopy.Setup{
 			Graph:  k.graph,
 			Target: target,
@@ -166,7 +170,7 @@ func (d *Daemon) startCopy(k *disk, r job.Record, blank bool) (*job.Job, error) 
 		return err
 	})
 	if err != nil {
-		return nil, errors.Join(err, target.Close())
+		return nil, errors.Join(err, target.Close(), k.hold(false))
 	}
 	d.opts.Log.Info("copy started", "job", j.Record().ID, "disk", k.spec.ID, "target", r.Target)
 	return j, nil

@@ -49,13 +49,12 @@ type disk struct {
 	cancel context.CancelFunc
 	served chan struct{} // closed when the socket is served no more
 
+	holdMu sync.Mutex // held over locking and unlocking the image
+	holds  int        // who needs the image's locks: the guest's queues, a job, a resize
+
 	mu  sync.Mutex
 	rec record
 }
-
-// defaultPoll is how long a queue looks for work before it sleeps when the configuration does not say: QEMU's
-// default for an iothread.
-const defaultPoll = 32 * time.Microsecond
 
 func (d *Daemon) ctx() context.Context { return context.Background() }
 
@@ -76,6 +75,10 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 			"write image = %q, or, if you are sure that %s holds the disk, remove %s/%s/%s.json",
 			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, spec.Image, r.Image, spec.Image,
 			d.file.Daemon.StateDir, recordKind, spec.ID)
+	case found && spec.Format != r.Format && len(r.Moved) > 0:
+		// Under the wrong format the guest would read the right one's metadata, and overwrite it.
+		return fmt.Errorf("%s:%d: disk %q was moved to %s, which is %s, but the configuration says %s: write format = %q",
+			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, r.Format, spec.Format, r.Format)
 	default:
 		r = record{Image: spec.Image, Format: spec.Format}
 		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
@@ -114,8 +117,44 @@ func (d *Daemon) startAdded() error {
 	return nil
 }
 
-// openImage opens an image and its format.
-func (d *Daemon) openImage(image, format string, spec *config.Disk) (*raw.Node, error) {
+// lockRunning is the value of a disk's lock key with which its image is locked only while somebody uses it.
+const lockRunning = "running"
+
+// hold takes the image's locks for one more user of the disk, or gives them up for one less. With lock = "running" an
+// image without users is not locked: in a live migration the other host's daemon opens it before the guest stops here,
+// and locks it when the guest goes on there.
+func (k *disk) hold(on bool) error {
+	if k.spec.Lock != lockRunning {
+		return nil
+	}
+	k.holdMu.Lock()
+	defer k.holdMu.Unlock()
+	users := k.holds
+	if on {
+		users++
+	} else {
+		users--
+	}
+	if min(users, k.holds) == 0 {
+		var root blk.Node
+		k.graph.View(func(n blk.Node) { root = n })
+		// A filter is only there while a job runs, or if it could not be removed: the image then stays locked.
+		if image, ok := root.(*raw.Node); ok {
+			lock := image.Unlock
+			if on {
+				lock = image.Lock
+			}
+			if err := lock(); err != nil {
+				return err
+			}
+		}
+	}
+	k.holds = users
+	return nil
+}
+
+// openImage opens an image and its format. unlocked: without the locks that keep writers out.
+func (d *Daemon) openImage(image, format string, spec *config.Disk, unlocked bool) (*raw.Node, error) {
 	if err := config.CheckRoots(image, d.file.Daemon.ImageRoots); err != nil {
 		return nil, control.Errorf(control.ErrInvalid, "%w", err)
 	}
@@ -127,6 +166,7 @@ func (d *Daemon) openImage(image, format string, spec *config.Disk) (*raw.Node, 
 		Direct:   spec.Cache == "none",
 		NoSync:   spec.Cache == "unsafe",
 		Align:    int64(spec.BlockSize),
+		Unlocked: unlocked,
 	})
 	if err != nil {
 		if errors.Is(err, file.ErrInUse) {
@@ -142,7 +182,7 @@ func (d *Daemon) openImage(image, format string, spec *config.Disk) (*raw.Node, 
 
 // startDisk opens the image and serves the socket.
 func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
-	root, err := d.openImage(r.Image, r.Format, &spec)
+	root, err := d.openImage(r.Image, r.Format, &spec, spec.Lock == lockRunning)
 	if err != nil {
 		return nil, err
 	}
@@ -152,14 +192,10 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 			r.Image, size, spec.BlockSize), root.Close())
 	}
 	k := &disk{d: d, spec: spec, rec: r, graph: blk.NewGraph(root), served: make(chan struct{})}
-	poll := defaultPoll
-	if spec.PollUS > 0 {
-		poll = time.Duration(spec.PollUS) * time.Microsecond
-	}
 	k.dev = vblk.New(k.graph, size, vblk.Options{
 		ID: spec.ID, Serial: spec.Serial, Queues: spec.Queues, Depth: spec.QueueSize, BlockSize: spec.BlockSize,
 		ReadOnly: spec.ReadOnly, Discard: spec.Discard, WriteThrough: spec.Cache == "writethrough",
-		PollMax: poll, NoURing: os.Getenv("BLKSTREAM_NO_URING") != "", Log: d.opts.Log,
+		Use: k.hold, PollMax: time.Duration(spec.PollUS) * time.Microsecond, NoURing: os.Getenv("BLKSTREAM_NO_URING") != "", Log: d.opts.Log,
 	})
 	k.server = vhostuser.NewServer(k.dev, vhostuser.Options{Logger: d.opts.Log.With("disk", spec.ID)})
 	if err := k.serve(); err != nil {
@@ -297,6 +333,10 @@ func (k *disk) resize(ctx context.Context, size int64) error {
 	if k.spec.ReadOnly {
 		return control.Errorf(control.ErrPrecondition, "disk %q is read-only", k.spec.ID)
 	}
+	if err := k.hold(true); err != nil {
+		return err
+	}
+	defer k.hold(false) //nolint:errcheck // what is locked too long harms nobody
 	err := k.graph.Change(ctx, func(tx *blk.Tx) error {
 		root, ok := tx.Root().(*raw.Node)
 		if !ok {
