@@ -60,7 +60,7 @@ func info(t *testing.T, path string) any {
 		Format      string         `json:"backing-filename-format"`
 		Specific    map[string]any `json:"format-specific"`
 	}
-	if err := json.Unmarshal([]byte(run(t, "", "qemu-img", "info", "--output=json", path)), &all); err != nil {
+	if err := json.Unmarshal([]byte(runIn(t, filepath.Dir(path), "", "qemu-img", "info", "--output=json", path)), &all); err != nil {
 		t.Fatal(err)
 	}
 	return all

@@ -130,7 +130,7 @@ var damages = []struct {
 		list := r.clusters(false)
 		r.put(list[0], r.get(list[len(list)-1]))
 	}},
-	{"a cluster is the L1 table", true, true, func(r *raw) { off, _ := r.l1(); r.put(r.pick(r.clusters(false)), 1<<63-1&off|-1<<63) }},
+	{"a cluster is the L1 table", true, true, func(r *raw) { off, _ := r.l1(); r.put(r.pick(r.clusters(false)), off|-1<<63) }},
 	{"a cluster lies behind the end", false, true, func(r *raw) { r.put(r.pick(r.clusters(false)), 1<<40|-1<<63) }},
 	{"an L2 table lies behind the end", false, true, func(r *raw) { r.put(r.pick(r.l2s()), 1<<40|-1<<63) }},
 	{"an L2 table lies beside a cluster", false, true, func(r *raw) { e := r.pick(r.l2s()); r.put(e, r.get(e)+512) }},

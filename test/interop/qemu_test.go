@@ -59,7 +59,7 @@ func run(t *testing.T, stdin string, name string, args ...string) string {
 	return runIn(t, "", stdin, name, args...)
 }
 
-// runIn runs it in a folder: names in images are relative to them.
+// runIn runs it in a folder. QEMU looks for data files from there.
 func runIn(t *testing.T, dir, stdin string, name string, args ...string) string {
 	t.Helper()
 	out, err := try(dir, stdin, name, args...)
@@ -97,6 +97,7 @@ type qemuCheck struct {
 func checkWithQEMU(t *testing.T, path string, args ...string) qemuCheck {
 	t.Helper()
 	cmd := exec.Command("qemu-img", append([]string{"check", "--output=json", "-f", "qcow2", path}, args...)...)
+	cmd.Dir = filepath.Dir(path)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := cmd.Run()
@@ -153,7 +154,7 @@ func checkOurs(t *testing.T, path string, repair qcow2.Repair) qcow2.CheckResult
 // modify has qemu-io carry out commands. Nothing needs to survive the host: no flush waits for the disk.
 func modify(t *testing.T, path string, commands []string) {
 	t.Helper()
-	out := run(t, strings.Join(commands, "\n")+"\nquit\n", "qemu-io", "-f", "qcow2", "-t", "unsafe", "-d", "unmap", path)
+	out := runIn(t, filepath.Dir(path), strings.Join(commands, "\n")+"\nquit\n", "qemu-io", "-f", "qcow2", "-t", "unsafe", "-d", "unmap", path)
 	if strings.Contains(out, "failed") {
 		t.Fatalf("qemu-io: %s", out)
 	}
@@ -167,7 +168,7 @@ func readWithQEMU(t *testing.T, path, snapshot string) []byte {
 	if snapshot != "" {
 		args = append(args, "-l", "snapshot.name="+snapshot)
 	}
-	run(t, "", "qemu-img", append(args, path, to)...)
+	runIn(t, filepath.Dir(path), "", "qemu-img", append(args, path, to)...)
 	b, err := os.ReadFile(to)
 	if err != nil {
 		t.Fatal(err)
@@ -178,7 +179,7 @@ func readWithQEMU(t *testing.T, path, snapshot string) []byte {
 
 func openFile(t *testing.T, path string, readOnly bool) *file.Node {
 	t.Helper()
-	f, err := file.Open(path, file.Options{ReadOnly: readOnly, NoSync: true, Growable: !readOnly})
+	f, err := file.Open(path, file.Options{ReadOnly: readOnly, NoSync: true})
 	if err != nil {
 		t.Fatal(err)
 	}
