@@ -91,6 +91,7 @@ type Node struct {
 	refs      atomic.Pointer[refTable]
 	scan      int64 // no cluster below is free, as far as we know
 	batch     int64 // clusters to reserve next time
+	maxBatch  int64
 	packer    packer
 	unpacked  unpackCache
 
