@@ -485,8 +485,8 @@ func TestNoSpace(t *testing.T) {
 // fixedSize hides that a storage can grow.
 type fixedSize struct{ blk.Node }
 
-// small makes reservations so small that there are many.
-func small(n *Node) *Node {
+// reserveLittle makes reservations so small that there are many.
+func reserveLittle(n *Node) *Node {
 	n.batch, n.maxBatch = 2, 5
 	return n
 }
@@ -538,7 +538,7 @@ func TestFaults(t *testing.T) {
 				rng := rand.New(rand.NewPCG(uint64(index), 10))
 				f := &flaky{Memory: blktest.NewMemory(int64(len(image))), rng: rng}
 				fillDisk(t, f.Memory, image)
-				n := small(mustOpen(t, f, Options{Name: "test", Backing: base}))
+				n := reserveLittle(mustOpen(t, f, Options{Name: "test", Backing: base}))
 				first := f.index
 				f.fail = func(i int) bool { return i >= first+index && i < first+index+1+index%3 }
 				if !faulty(t, n, f, index, rng, contents) {
@@ -637,7 +637,7 @@ func TestPowerCut(t *testing.T) {
 			d := blktest.NewCrashDisk(int64(len(image)))
 			fillDisk(t, d, image)
 			mustDo(t, d, &blk.Request{Op: blk.OpFlush})
-			n := small(mustOpen(t, d, Options{Name: "test", Backing: base}))
+			n := reserveLittle(mustOpen(t, d, Options{Name: "test", Backing: base}))
 			first := d.Points()
 			h := history{t: t, d: d, sectors: make([][]version, 1<<20/512)}
 			for i := range h.sectors {
