@@ -133,7 +133,7 @@ func (n *Node) TryMap(op blk.Op, off, l int64) (blk.Extent, bool) {
 	case kindZero:
 		return blk.Extent{Len: l, State: blk.Zero, Depth: uint16(n.index(e))}, true
 	case kindNothing:
-		return blk.Extent{Len: l, State: blk.Unallocated, Depth: uint16(len(n.layers)-1)}, true
+		return blk.Extent{Len: l, State: blk.Unallocated, Depth: uint16(len(n.layers) - 1)}, true
 	case kindLayer:
 		i := n.index(e)
 		x, ok := n.layers[i].TryMap(blk.OpRead, off, l)
@@ -141,7 +141,7 @@ func (n *Node) TryMap(op blk.Op, off, l int64) (blk.Extent, bool) {
 	default: // kindMixed
 		for i := n.index(e); ; i++ {
 			if i == len(n.layers) {
-				return blk.Extent{Len: l, State: blk.Unallocated, Depth: uint16(i-1)}, true
+				return blk.Extent{Len: l, State: blk.Unallocated, Depth: uint16(i - 1)}, true
 			}
 			if off >= n.layers[i].end {
 				return blk.Extent{Len: l, State: blk.Zero, Depth: uint16(i)}, true

@@ -48,7 +48,7 @@ type Options struct {
 	Backing []Layer
 	// Check is asked for the path of each file before it is opened. nil: any will do.
 	Check    func(path string) error
-	Cache    *qcow2.Cache            // shared by all images of the chain; nil: each has one
+	Cache    *qcow2.Cache            // of all images of the chain; nil: one of their own
 	Barrier  func(t *blk.Task) error // see qcow2.Options
 	MaxDepth int                     // images behind the first; 0: chain.MaxDepth
 }
@@ -89,6 +89,9 @@ func Open(t *blk.Task, path, format string, o Options) (*Image, error) {
 
 // open lets behind say what is behind the first image, when all but that is open.
 func open(t *blk.Task, path, format string, o Options, behind func(*Image) blk.Node) (_ *Image, err error) {
+	if o.Cache == nil {
+		o.Cache = qcow2.NewCache(qcow2.DefaultCacheBytes)
+	}
 	g := &Image{}
 	defer func() {
 		if err != nil {
