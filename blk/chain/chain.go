@@ -127,13 +127,13 @@ func (n *Node) TryMap(op blk.Op, off, l int64) (blk.Extent, bool) {
 	case kindHost:
 		i := n.index(e)
 		return blk.Extent{
-			Len: l, State: blk.Data, Depth: depth(i),
+			Len: l, State: blk.Data, Depth: uint16(i),
 			Host: n.pages.hosts[e.layer()].Load(), HostOff: e.hostOff() + off%n.unit,
 		}, true
 	case kindZero:
-		return blk.Extent{Len: l, State: blk.Zero, Depth: depth(n.index(e))}, true
+		return blk.Extent{Len: l, State: blk.Zero, Depth: uint16(n.index(e))}, true
 	case kindNothing:
-		return blk.Extent{Len: l, State: blk.Unallocated, Depth: depth(len(n.layers) - 1)}, true
+		return blk.Extent{Len: l, State: blk.Unallocated, Depth: uint16(len(n.layers) - 1)}, true
 	case kindLayer:
 		i := n.index(e)
 		x, ok := n.layers[i].TryMap(blk.OpRead, off, l)
@@ -141,10 +141,10 @@ func (n *Node) TryMap(op blk.Op, off, l int64) (blk.Extent, bool) {
 	default: // kindMixed
 		for i := n.index(e); ; i++ {
 			if i == len(n.layers) {
-				return blk.Extent{Len: l, State: blk.Unallocated, Depth: depth(i - 1)}, true
+				return blk.Extent{Len: l, State: blk.Unallocated, Depth: uint16(i - 1)}, true
 			}
 			if off >= n.layers[i].end {
-				return blk.Extent{Len: l, State: blk.Zero, Depth: depth(i)}, true
+				return blk.Extent{Len: l, State: blk.Zero, Depth: uint16(i)}, true
 			}
 			x, ok := n.layers[i].TryMap(blk.OpRead, off, min(l, n.layers[i].end-off))
 			if !ok {
@@ -182,12 +182,10 @@ func (n *Node) span() int64 { return n.unit * pageUnits }
 // Entries count layers from the bottom, so that they stay true when one is put on top.
 func (n *Node) index(e entry) int { return len(n.layers) - 1 - e.layer() }
 
-func depth(i int) uint16 { return uint16(i) }
-
 // below makes an extent of layer i one of the chain.
 func below(x blk.Extent, i int) blk.Extent {
-	x.Depth = depth(i)
-	x.Writable, x.Log = false, nil
+	x.Depth = uint16(i)
+	x.Writable, x.Log, x.Unsynced = false, nil, false
 	return x
 }
 
@@ -205,7 +203,7 @@ func (n *Node) Map(t *blk.Task, off, l int64) (blk.Extent, error) {
 		if f.kind == kindNothing {
 			state = blk.Unallocated
 		}
-		return blk.Extent{Len: f.len, State: state, Depth: depth(f.layer)}, nil
+		return blk.Extent{Len: f.len, State: state, Depth: uint16(f.layer)}, nil
 	}
 	x, err := n.layers[f.layer].Map(t, off, f.len)
 	if err != nil {

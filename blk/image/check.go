@@ -20,7 +20,7 @@ func Check(path, format string, repair qcow2.Repair, check func(path string) err
 			return res, err
 		}
 	}
-	f, err := file.Open(path, file.Options{ReadOnly: repair == qcow2.RepairNone})
+	f, err := file.Open(path, file.Options{ReadOnly: repair == qcow2.RepairNone, Grows: true})
 	if err != nil {
 		return res, err
 	}

@@ -51,7 +51,7 @@ func Create(ctx context.Context, path string, o CreateOptions) (err error) {
 			err = errors.Join(err, os.Remove(p))
 		}
 	}()
-	f, err := o.storage(t, path, &made)
+	f, err := o.storage(t, path, o.Format == Qcow2, &made)
 	if err != nil {
 		return err
 	}
@@ -126,14 +126,14 @@ func (o *CreateOptions) backingSize(t *blk.Task, path string) (int64, error) {
 }
 
 // storage opens the empty file that becomes the image, made now or by someone else.
-func (o *CreateOptions) storage(t *blk.Task, path string, made *[]string) (*file.Node, error) {
+func (o *CreateOptions) storage(t *blk.Task, path string, grows bool, made *[]string) (*file.Node, error) {
 	if !o.Existing {
 		if err := file.Create(path, 0); err != nil {
 			return nil, err
 		}
 		*made = append(*made, path)
 	}
-	f, err := file.Open(path, file.Options{})
+	f, err := file.Open(path, file.Options{Grows: grows})
 	if err != nil {
 		return nil, err
 	}
@@ -154,7 +154,7 @@ func (o *CreateOptions) makeDataFile(ctx context.Context, t *blk.Task, path stri
 			return err
 		}
 	}
-	f, err := o.storage(t, resolved, made)
+	f, err := o.storage(t, resolved, false, made)
 	if err != nil {
 		return err
 	}

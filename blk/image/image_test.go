@@ -254,7 +254,7 @@ func TestOpenChain(t *testing.T) {
 			t.Fatal(err)
 		}
 
-		g = d.open(top, format, Options{Direct: rng.IntN(2) == 0})
+		g = d.open(top, format, Options{Direct: rng.IntN(2) == 0, Align: 512})
 		task := blk.NewTask()
 		for range 10 {
 			off := rng.Int64N(int64(len(data)) / 512 * 512)

@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -100,11 +102,12 @@ func (a *app) printImage(i *image.Info) error {
 		t.row("data file:", q.DataFile)
 		t.row("data file is raw:", yesNo(*q.DataFileRaw))
 	}
-	if q.Snapshots > 0 {
-		t.row("snapshots:", fmt.Sprint(q.Snapshots))
+	for _, s := range i.Snapshots {
+		t.row("snapshot:", fmt.Sprintf("%s %q, %s, %s of state",
+			s.ID, s.Name, time.Unix(int64(s.Seconds), 0).Format(time.DateTime), humanSize(s.VMStateSize)))
 	}
-	if q.Bitmaps > 0 {
-		t.row("bitmaps:", fmt.Sprint(q.Bitmaps))
+	for _, b := range q.Bitmaps {
+		t.row("bitmap:", fmt.Sprintf("%q, %s a bit, %s", b.Name, humanSize(b.Granularity), strings.Join(b.Flags, ", ")))
 	}
 	if i.Dirty {
 		t.row("dirty:", "yes: it was not closed, its reference counts are repaired when it is opened for writing")
