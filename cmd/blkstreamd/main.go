@@ -35,7 +35,18 @@ type flags struct {
 var errUsage = errors.New("usage")
 
 func main() {
-	var f flags
+	if err := command(&flags{}).Execute(); err != nil {
+		fmt.Fprintf(os.Stderr, "blkstreamd: %v\n", err)
+		if errors.Is(err, errUsage) {
+			fmt.Fprintln(os.Stderr, "Try 'blkstreamd --help'.")
+			os.Exit(2)
+		}
+		os.Exit(1)
+	}
+}
+
+// command is the command line, which sets f.
+func command(f *flags) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "blkstreamd --config FILE | --socket-path PATH|--fd N --blk-file IMAGE --format FORMAT",
 		Short: "serve virtual disks over vhost-user to any virtual machine monitor",
@@ -48,7 +59,7 @@ programs; there are no jobs then.`,
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return run(cmd, &f) },
+		RunE:          func(cmd *cobra.Command, _ []string) error { return run(cmd, f) },
 	}
 	fl := cmd.Flags()
 	fl.StringVar(&f.config, "config", "", "configuration `file` (TOML)")
@@ -62,14 +73,7 @@ programs; there are no jobs then.`,
 	fl.BoolVar(&f.capabilities, "print-capabilities", false, "print what this program can do as JSON, and exit")
 	fl.BoolVar(&f.verbose, "verbose", false, "log more")
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
-	if err := cmd.Execute(); err != nil {
-		fmt.Fprintf(os.Stderr, "blkstreamd: %v\n", err)
-		if errors.Is(err, errUsage) {
-			fmt.Fprintln(os.Stderr, "Try 'blkstreamd --help'.")
-			os.Exit(2)
-		}
-		os.Exit(1)
-	}
+	return cmd
 }
 
 func usage(format string, args ...any) error {
