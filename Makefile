@@ -10,6 +10,7 @@ SOAKTIME ?= 10m
 # A test that talks to a guest or a disk has no result worth caching.
 TESTFLAGS = -count=1 -timeout 15m
 
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 # Where install puts things; DESTDIR stands before all of it.
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -24,7 +25,7 @@ help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## the two programs, static, into bin/
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o bin/ ./cmd/...
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
 
 install: build ## programs, man pages, shell completions, systemd unit; into $(DESTDIR)$(PREFIX)
 	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin sbin share/man/man1 share/man/man5 share/man/man8 lib/systemd/system \

@@ -39,6 +39,9 @@ func (a *app) run(ctx context.Context, args []string) int {
 	if err == nil {
 		return exitDone
 	}
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		err = errors.New("interrupted")
+	}
 	fmt.Fprintf(a.err, "blkstream: %v\n", err)
 	var job *jobError
 	var usage *usageError

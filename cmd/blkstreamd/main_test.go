@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -52,6 +53,14 @@ func TestCommandLine(t *testing.T) {
 		if err := cmd.Execute(); !errors.Is(err, errUsage) || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want a usage error with %q", args, err, want)
 		}
+	}
+	// Messages name the file to people who are in another folder.
+	t.Chdir(t.TempDir())
+	if err := os.WriteFile("b.toml", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if f, err := specs(&flags{config: "b.toml", fd: -1}); err != nil || !filepath.IsAbs(f.Path) {
+		t.Errorf("%+v, %v", f, err)
 	}
 	// For management software.
 	var out bytes.Buffer
