@@ -306,11 +306,13 @@ func TestRequests(t *testing.T) {
 		},
 		{
 			"copy disk0 nbd://h/x --format qcow2 --existing --method stream --base /base --switch auto --verify " +
-				"--speed 50M --granularity 64K --on-source-error report --on-target-error enospc --id j",
+				"--speed 50M --granularity 64K --on-source-error report --on-target-error enospc --id j " +
+				"--cluster-size 128K --lazy-refcounts --compression zstd --preallocation metadata",
 			&control.CopyRequest{
 				Disk: "disk0", Target: "nbd://h/x", Format: "qcow2", Existing: true, Method: "stream", Base: "/base",
 				SwitchMode: "auto", Verify: true, Speed: 50 << 20, Granularity: 65536,
 				OnSourceError: "report", OnTargetError: "enospc", Id: "j",
+				ClusterSize: 128 << 10, LazyRefcounts: true, Compression: "zstd", Preallocation: "metadata",
 			},
 		},
 		{

@@ -19,7 +19,9 @@ func (a *app) copyCmd() *cobra.Command {
 	method := choice{value: "mirror", from: []string{"mirror", "stream"}}
 	switchMode := choice{value: "manual", from: []string{"manual", "auto"}}
 	onSource, onTarget := choice{from: onError}, choice{from: onError}
-	speed, granularity := size{name: "RATE"}, size{name: "SIZE"}
+	speed, granularity, cluster := size{name: "RATE"}, size{name: "SIZE"}, size{name: "SIZE"}
+	compression := choice{from: []string{"zlib", "zstd"}}
+	preallocation := choice{from: []string{"off", "metadata", "falloc", "full"}}
 	cmd := &cobra.Command{
 		Use:     "copy DISK TARGET",
 		Aliases: []string{"block_copy"},
@@ -35,6 +37,7 @@ on with TARGET only after 'blkstream switch', or by itself with --switch auto.`,
 			req.Disk, req.Method, req.SwitchMode = args[0], method.value, switchMode.value
 			req.OnSourceError, req.OnTargetError = onSource.value, onTarget.value
 			req.Speed, req.Granularity = speed.value, granularity.value
+			req.ClusterSize, req.Compression, req.Preallocation = cluster.value, compression.value, preallocation.value
 			var err error
 			if req.Target, err = absPath(args[1]); err != nil {
 				return err
@@ -72,6 +75,10 @@ on with TARGET only after 'blkstream switch', or by itself with --switch auto.`,
 	f.Var(&granularity, "granularity", "unit in which guest writes are tracked (default: 64K)")
 	onSource.addTo(cmd, "on-source-error", "stop: pause the job; report: fail it; enospc: pause if the disk is full, else fail (default: report)")
 	onTarget.addTo(cmd, "on-target-error", "likewise, for errors of TARGET (default: enospc)")
+	f.Var(&cluster, "cluster-size", "of a new qcow2 TARGET (default: 64K)")
+	f.BoolVar(&req.LazyRefcounts, "lazy-refcounts", false, "of a new qcow2 TARGET: allow lazy reference counts")
+	compression.addTo(cmd, "compression", "compress what is copied in the stage bulk into a new qcow2 TARGET")
+	preallocation.addTo(cmd, "preallocation", "of a new TARGET; raw: off, falloc or full (default: off)")
 	f.StringVar(&req.Id, "id", "", "`ID` of the job (default: the daemon's choice)")
 	f.BoolVar(&wait, "wait", false, "wait until the job is ready to switch, or with --switch auto, completed")
 	return cmd

@@ -34,6 +34,12 @@ type Setup struct {
 	Graph  *blk.Graph // its root is the source
 	Target blk.Node   // at least as large; the job owns it
 	Blank  bool       // the target reads as zeros everywhere
+	// Base is the shared base: what lies at least this many images behind the source's first one is left out, for the
+	// target reads the same there. 0: there is none.
+	Base uint16
+	// Pack, if not nil, writes PackUnit bytes at a multiple of PackUnit compressed. The bulk stage uses it.
+	Pack     func(t *blk.Task, off int64, data []byte) error
+	PackUnit int64
 	// Commit records durably that the disk is on the target. The guest is paused meanwhile. After an error the disk
 	// stays on the source.
 	Commit func() error
@@ -194,26 +200,26 @@ func (c *copier) bulk(ctx context.Context) error {
 	c.job.Update(func(r *job.Record) { r.Stage = job.StageBulk })
 	t := blk.NewTask()
 	var (
-		at, end int64 // the source is all hole or all to be looked at from at to end
-		hole    bool
+		at, end int64 // from at to end the source is of one kind
+		k       kind
 	)
 	return c.copyAll(ctx, func(limit int64) (piece, error) {
 		for at < c.size {
 			if at >= end {
 				var err error
-				if end, hole, err = c.extent(t, at); err != nil {
+				if end, k, err = c.extent(t, at); err != nil {
 					return piece{}, &sourceError{err}
 				}
 			}
 			from := at
 			switch {
-			case hole && c.Blank:
+			case k == kindShared || k == kindHole && c.Blank:
 				// The dirty bits stay: what is written here from now on is copied in the dirty stage.
 				at = end
 				c.progress.bulk.Add(at - from)
 				c.progress.done.Add(at - from)
 				continue
-			case hole:
+			case k == kindHole:
 				at += min(end-at, rangeBytes)
 			default:
 				at += min(end-at, limit)
@@ -224,25 +230,45 @@ func (c *copier) bulk(ctx context.Context) error {
 	})
 }
 
-// extent finds out up to where the source is all hole or not, in whole blocks. A block that is a hole only in part
-// counts as data.
-func (c *copier) extent(t *blk.Task, at int64) (end int64, hole bool, err error) {
+// kind is what the bulk stage needs to know of a part of the source.
+type kind uint8
+
+const (
+	kindData   kind = iota
+	kindHole        // reads as zeros
+	kindShared      // held by the shared base
+)
+
+func (c *copier) kindOf(e blk.Extent) kind {
+	switch {
+	case c.Base > 0 && e.Depth >= c.Base:
+		return kindShared
+	case e.State == blk.Zero || e.State == blk.Unallocated:
+		return kindHole
+	default:
+		return kindData
+	}
+}
+
+// extent finds out up to where the source is of one kind, in whole blocks. A block that is of several kinds counts as
+// data.
+func (c *copier) extent(t *blk.Task, at int64) (end int64, k kind, err error) {
 	e, err := c.filter.Source().Map(t, at, c.size-at)
 	if err != nil {
-		return 0, false, err
+		return 0, 0, err
 	}
 	g := c.opts.Granularity
 	end = at + e.Len
-	if e.State == blk.Zero || e.State == blk.Unallocated {
+	if k := c.kindOf(e); k != kindData {
 		if end < c.size {
 			end &^= g - 1
 		}
 		if end > at {
-			return end, true, nil
+			return end, k, nil
 		}
-		return at + g, false, nil
+		return at + g, kindData, nil
 	}
-	return (end + g - 1) &^ (g - 1), false, nil
+	return (end + g - 1) &^ (g - 1), kindData, nil
 }
 
 // converge makes the bitmap empty with mirrored writes on.

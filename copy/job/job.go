@@ -79,6 +79,7 @@ type Record struct {
 type Options struct {
 	Method        string `json:"method"`
 	Existing      bool   `json:"existing"`
+	Base          string `json:"base,omitempty"` // shared base: what it and the images behind it hold is not copied
 	SwitchMode    string `json:"switch_mode"`
 	Verify        bool   `json:"verify"`
 	Speed         int64  `json:"speed"` // 0: no limit

@@ -425,6 +425,7 @@ type fakeSource struct{ meter blk.Meter }
 
 func (s *fakeSource) Pause(context.Context) error { return nil }
 func (s *fakeSource) Resume()                     {}
+func (s *fakeSource) Barrier()                    {}
 func (s *fakeSource) Meter() *blk.Meter           { return &s.meter }
 
 // Whoever waits in Begin gets in at last, whatever happens to the window, and each Begin is given back.

@@ -71,6 +71,7 @@ type request struct {
 
 	ios     [maxSegs]blk.IO
 	pending int
+	epoch   int
 	err     error
 	log     *blk.Bitmap
 	start   time.Time
@@ -261,6 +262,7 @@ func (r *request) run() {
 		r.q.loop.Spawn(r.slow)
 		return
 	}
+	r.epoch = r.q.fast.begin()
 	r.pending = n + 1 // one for this function: an I/O may end at once
 	for i := range n {
 		r.q.loop.Start(&r.ios[i])
@@ -305,6 +307,9 @@ func (r *request) mapAll(root blk.Node) (n int, ok bool) {
 		if e.Host == nil || !e.Host.Fits(e.HostOff, part) || kind == blk.IOWrite && !e.Writable {
 			return 0, false
 		}
+		if e.Unsynced && r.req.Flags&blk.FUA != 0 {
+			return 0, false
+		}
 		if n > 0 && e.Log != r.log {
 			return 0, false
 		}
@@ -329,6 +334,7 @@ func (r *request) release() {
 	if r.pending--; r.pending > 0 {
 		return
 	}
+	r.q.fast.end(r.epoch)
 	if r.log != nil && r.req.Op == blk.OpWrite {
 		// Marked when the write has ended and before the guest knows: whoever cleared the bit and read the old
 		// bytes meanwhile reads them again. A failed write may have changed some of them.

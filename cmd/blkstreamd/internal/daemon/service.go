@@ -334,6 +334,6 @@ func message(r job.Record) *control.Job {
 		Error: r.Error, Message: r.Message, BytesDone: r.BytesDone, BytesTotal: r.BytesTotal, Rate: r.Rate, DirtyRate: r.DirtyRate,
 		EtaSeconds: r.ETASeconds, Converging: r.Converging, Speed: r.Speed, Granularity: r.Granularity,
 		TargetConsistent: r.TargetConsistent, Verify: r.Verify, VerifiedBytes: r.VerifiedBytes, StartedMs: r.StartedMS, EndedMs: r.EndedMS,
-		SwitchMode: r.SwitchMode, OnSourceError: r.OnSourceError, OnTargetError: r.OnTargetError, Method: r.Method,
+		SwitchMode: r.SwitchMode, OnSourceError: r.OnSourceError, OnTargetError: r.OnTargetError, Method: r.Method, Base: r.Base,
 	}
 }
