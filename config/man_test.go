@@ -25,17 +25,22 @@ func TestManPage(t *testing.T) {
 		t.Fatal(err)
 	}
 	var keys, documented []string
-	for _, m := range regexp.MustCompile(`\t(?:t|daemon|throttle)\.(?:string|strings|bool|int|intSize|size)\("(\w+)"|take\(&throttle, "(\w+)"`).FindAllStringSubmatch(string(code), -1) {
+	for _, m := range regexp.MustCompile(`\t(?:t|b|daemon|throttle)\.(?:string|strings|bool|int|intSize|size)\("(\w+)"|take\(&throttle, "(\w+)"`).FindAllStringSubmatch(string(code), -1) {
 		keys = append(keys, m[1]+m[2])
 	}
-	fields := reflect.TypeFor[Daemon]().NumField() + reflect.TypeFor[Disk]().NumField() + reflect.TypeFor[Throttle]().NumField()
-	if len(keys) != fields-1 { // Disk.Throttle is a table
-		t.Fatalf("found %d keys in decode.go, the types have %d: %q", len(keys), fields-1, keys)
+	fields := -2 // Disk.Throttle and Disk.Backing are tables
+	for _, table := range []reflect.Type{reflect.TypeFor[Daemon](), reflect.TypeFor[Disk](), reflect.TypeFor[Throttle](), reflect.TypeFor[Layer]()} {
+		fields += table.NumField()
+	}
+	if len(keys) != fields {
+		t.Fatalf("found %d keys in decode.go, the types have %d: %q", len(keys), fields, keys)
 	}
 	entries := map[string]string{} // what is said of each key
 	for _, part := range strings.Split(page, "\n.It Ic ")[1:] {
 		key, text, _ := strings.Cut(part, "\n")
-		entries[key] = text
+		if entries[key] == "" { // not that of a table within the disk's
+			entries[key] = text
+		}
 		documented = append(documented, key)
 	}
 	slices.Sort(keys)
@@ -54,6 +59,9 @@ func TestManPage(t *testing.T) {
 		if !strings.Contains(entries[key], fmt.Sprintf("Default %d.", value)) {
 			t.Errorf("%s: the page does not have the default, %d", key, value)
 		}
+	}
+	if !strings.Contains(entries["metadata_cache"], fmt.Sprintf("Default %dM", DefaultMetadataCache>>20)) {
+		t.Errorf("metadata_cache: the page does not have the default, %d", DefaultMetadataCache)
 	}
 	for key, value := range map[string]string{"control": DefaultControl, "state_dir": DefaultStateDir} {
 		if !strings.Contains(entries[key], ".Pa "+value) {

@@ -151,7 +151,7 @@ func (b *bar) update(job *control.Job) {
 
 func (b *bar) stop() {
 	fmt.Fprint(b.w, "\r") // the terminal shows ^C where the last picture would begin
-	b.bar.Abort(false) // leaves the last picture
+	b.bar.Abort(false)    // leaves the last picture
 	b.container.Wait()
 }
 
