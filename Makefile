@@ -32,7 +32,7 @@ install: build ## programs, man pages, shell completions, systemd unit; into $(D
 	  share/bash-completion/completions share/zsh/site-functions share/fish/vendor_completions.d)
 	install -m 755 bin/blkstream $(DESTDIR)$(PREFIX)/bin/
 	install -m 755 bin/blkstreamd $(DESTDIR)$(PREFIX)/sbin/
-	install -m 644 cmd/blkstream/blkstream.1 $(DESTDIR)$(PREFIX)/share/man/man1/
+	install -m 644 cmd/blkstream/*.1 $(DESTDIR)$(PREFIX)/share/man/man1/
 	install -m 644 config/blkstream.toml.5 $(DESTDIR)$(PREFIX)/share/man/man5/
 	install -m 644 cmd/blkstreamd/blkstreamd.8 $(DESTDIR)$(PREFIX)/share/man/man8/
 	sed 's|@sbindir@|$(PREFIX)/sbin|' dist/blkstreamd.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/blkstreamd.service

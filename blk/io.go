@@ -107,6 +107,10 @@ func (o *IO) Finish(res int) bool {
 	if o.done >= o.Len {
 		return true
 	}
+	if o.Kind == IORead && o.File.Direct && o.done&int64(o.File.OffAlign-1) != 0 {
+		o.zeroRest() // direct I/O ends within a block at the file's end only, and could not go on from there
+		return true
+	}
 	o.rest = o.Vec.AppendSlice(o.rest[:0], o.done, o.Len-o.done)
 	return false
 }

@@ -29,6 +29,9 @@ type Options struct {
 	NoSync   bool  // ignore flushes: the data is lost when the host dies
 	Unlocked bool  // no locks that keep writers out until Lock
 	Align    int64 // every write and zeroing is a multiple of this many bytes, a power of two; 0 is 1
+	// Grows: the file belongs to a format that makes it longer as it needs, so its length means nothing: it is filled
+	// up to whole blocks for direct I/O (of a file that is only read, zeros show there).
+	Grows bool
 }
 
 // Node is an open file or block device, locked against other writers as QEMU does it.
@@ -104,7 +107,7 @@ func (n *Node) setup(o Options) error {
 		n.host.Inline = inMemory(n.host.Fd)
 	}
 	if o.Direct {
-		mem, off, err := setDirect(n.host.Fd, size, sector)
+		mem, off, err := setDirect(n.host.Fd, size, sector, o.Grows)
 		var no errNoDirect
 		switch {
 		case errors.As(err, &no):
@@ -114,6 +117,15 @@ func (n *Node) setup(o Options) error {
 		default:
 			n.host.Direct, n.host.MemAlign, n.host.OffAlign = true, int(mem), int(off)
 		}
+	}
+	if o.Grows && !n.device {
+		whole := up(size, max(blk.SectorSize, int64(n.host.OffAlign)))
+		if whole != size && !o.ReadOnly {
+			if err := truncate(n.host.Fd, whole); err != nil {
+				return fmt.Errorf("make image %q %d bytes long: %w", path, whole, err)
+			}
+		}
+		size = whole
 	}
 	if size%blk.SectorSize != 0 {
 		n.warnings = append(n.warnings, fmt.Sprintf(

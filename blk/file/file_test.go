@@ -392,3 +392,48 @@ func TestOpenRefuses(t *testing.T) {
 		t.Errorf("alignment of 3: %v", err)
 	}
 }
+
+// TestGrows: the length of a format's file may be anything, with direct I/O too.
+func TestGrows(t *testing.T) {
+	path := filepath.Join(diskDir(t), "image")
+	want := bytes.Repeat([]byte{7}, 3*4096+700)
+	for _, readOnly := range []bool{true, false} {
+		if err := os.WriteFile(path, want, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		n := mustOpen(t, path, Options{Direct: true, Grows: true, ReadOnly: readOnly, Align: 512})
+		in := n.Info()
+		if in.Size < int64(len(want)) || in.Size%max(in.Align, 512) != 0 {
+			t.Errorf("size %d, alignment %d", in.Size, in.Align)
+		}
+		if !n.host.Direct {
+			t.Log("no direct I/O here: ", n.Warnings())
+		}
+		// Straight from the file, as a queue reads, and through the node.
+		buf := blk.GetBuffer(4 * 4096)
+		defer buf.Free()
+		e, ok := n.TryMap(blk.OpRead, 0, in.Size)
+		if !ok || e.Len != in.Size {
+			t.Fatalf("TryMap: %+v, %v", e, ok)
+		}
+		b := buf.B[:in.Size]
+		if err := blk.NewTask().ReadAt(e.Host, blk.BytesVec(nil, b), 0); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(b[:len(want)], want) || len(bytes.Trim(b[len(want):], "\x00")) > 0 {
+			t.Error("wrong bytes")
+		}
+		r := request(blk.OpRead, 4096+1, in.Size-4097)
+		if err := do(n, r); err != nil {
+			t.Fatal(err)
+		}
+		if !readOnly {
+			if st, err := os.Stat(path); err != nil || st.Size() != in.Size {
+				t.Errorf("the file is %d bytes long, %v", st.Size(), err)
+			}
+		}
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -100,8 +100,8 @@ type errNoDirect string
 func (e errNoDirect) Error() string { return string(e) }
 
 // setDirect switches direct I/O on and finds the alignment that it needs, in bytes. An errNoDirect leaves the file
-// buffered.
-func setDirect(fd int, size, sector int64) (mem, off int64, err error) {
+// buffered. anySize: the file's last block need not be whole.
+func setDirect(fd int, size, sector int64, anySize bool) (mem, off int64, err error) {
 	if err := setFlag(fd, unix.O_DIRECT, true); err != nil {
 		return 1, 1, errNoDirect("the file system does not support it")
 	}
@@ -110,7 +110,7 @@ func setDirect(fd int, size, sector int64) (mem, off int64, err error) {
 	case err != nil:
 	case mem <= 0 || off <= 0 || mem&(mem-1) != 0 || off&(off-1) != 0 || mem > blk.BufferAlign || off > maxPiece:
 		err = errNoDirect(fmt.Sprintf("it would need an alignment of %d bytes in memory and %d in the file", mem, off))
-	case size%off != 0:
+	case size%off != 0 && !anySize:
 		// The last block could only be written by making the file longer, and a raw disk with it.
 		err = errNoDirect(fmt.Sprintf("the file's size is not a multiple of %d bytes", off))
 	default:

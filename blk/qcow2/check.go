@@ -674,8 +674,9 @@ func (c *checker) entryRange(e l2Entry, sub uint64) (off, n int64, bad string) {
 	}
 	switch {
 	case off&(c.h.ClusterSize()-1) != 0:
+		// Where the cluster really is, cannot be known.
 		c.trouble.blind = true
-		return 0, 0, "the cluster is not at the beginning of one"
+		bad = "the cluster is not at the beginning of one"
 	case c.lay.words == 2 && uint32(sub)&uint32(sub>>32) != 0:
 		bad = fmt.Sprintf("subclusters with data that read as zeros: bitmap %#x", sub)
 	case c.lay.words == 2 && uint32(sub) != 0 && n == 0:

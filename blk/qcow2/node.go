@@ -91,6 +91,7 @@ type Node struct {
 	refs      atomic.Pointer[refTable]
 	scan      int64 // no cluster below is free, as far as we know
 	batch     int64 // clusters to reserve next time
+	maxBatch  int64
 	packer    packer
 	unpacked  unpackCache
 
@@ -136,7 +137,9 @@ func open(t *blk.Task, storage blk.Node, o Options) (*Node, error) {
 		return nil, ErrCorrupt
 	}
 	if !o.ReadOnly && h.Incompatible&IncompatDirty != 0 {
-		return nil, fmt.Errorf("its reference counts need repair: %w", ErrFeature)
+		if h, err = repairDirty(t, storage); err != nil {
+			return nil, fmt.Errorf("repair the reference counts: %w", err)
+		}
 	}
 	if h.hasDataFile() != (o.Data != nil) {
 		return nil, invalid("the header and the caller disagree on an external data file")

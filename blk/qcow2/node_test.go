@@ -485,7 +485,41 @@ func TestNoSpace(t *testing.T) {
 // fixedSize hides that a storage can grow.
 type fixedSize struct{ blk.Node }
 
-// TestFaults fails each I/O in turn, once and for good, and looks at what is left.
+// reserveLittle makes reservations so small that there are many.
+func reserveLittle(n *Node) *Node {
+	n.batch, n.maxBatch = 2, 5
+	return n
+}
+
+// flaky fails some operations. A write that fails may have been carried out, in part or whole.
+type flaky struct {
+	*blktest.Memory
+	rng    *rand.Rand
+	mu     sync.Mutex
+	index  int
+	fail   func(index int) bool
+	failed int
+}
+
+func (f *flaky) Do(t *blk.Task, r *blk.Request) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.index++
+	if f.fail == nil || !f.fail(f.index) {
+		return f.Memory.Do(t, r)
+	}
+	f.failed++
+	if part := f.rng.Int64N(r.Len/512*2+1) * 512; r.Op == blk.OpWrite && part > 0 {
+		part = min(part, r.Len)
+		w := blk.Request{Op: blk.OpWrite, Off: r.Off, Len: part, Data: r.Data.AppendSlice(nil, 0, part)}
+		if err := f.Memory.Do(t, &w); err != nil {
+			return err
+		}
+	}
+	return syscall.EIO
+}
+
+// TestFaults fails each I/O in turn, and looks at the image after each step.
 func TestFaults(t *testing.T) {
 	contents := pattern(9, 1<<20)
 	raw := filepath.Join(tempDir(t), "base")
@@ -494,75 +528,84 @@ func TestFaults(t *testing.T) {
 	}
 	for _, options := range []string{"cluster_size=512", "cluster_size=4k,refcount_bits=64", "extended_l2=on,cluster_size=16k"} {
 		t.Run(options, func(t *testing.T) {
-			image := intoMemory(t, qemuImage(t, 1<<20, "backing_fmt=raw,backing_file="+raw+","+options))
-			qemuBytes := image.Bytes()
+			image := intoMemory(t, qemuImage(t, 1<<20, "backing_fmt=raw,backing_file="+raw+","+options)).Bytes()
 			base := intoMemory(t, raw)
-			for index := 0; ; index += 1 + index/25 {
-				m := blktest.NewMemory(int64(len(qemuBytes)))
-				fillDisk(t, m, qemuBytes)
-				f := blktest.NewFault(m)
-				n, err := Open(blk.NewTask(), f, Options{Name: "test", Backing: base})
-				if err != nil {
-					t.Fatal(err)
-				}
-				trap := f.Add(blktest.Rule{After: index, Count: 1 + index%3, Err: syscall.EIO})
-				model := bytes.Clone(contents)
-				unknown := make([]bool, len(model))
+			step := 1
+			if testing.Short() {
+				step = 9
+			}
+			for index := 1; ; index += step + index/20 {
 				rng := rand.New(rand.NewPCG(uint64(index), 10))
-				try := func(op blk.Op, off, l int64) {
-					r := &blk.Request{Op: op, Off: off, Len: l, Flags: blk.Flags(rng.IntN(2))}
-					if op == blk.OpWrite {
-						r.Data = blk.BytesVec(nil, pattern(rng.Uint64(), int(l)))
-					} else if op == blk.OpFlush {
-						r.Flags = 0
-					}
-					err := blk.Do(blk.NewTask(), n, r)
-					if err != nil && !errors.Is(err, syscall.EIO) {
-						t.Fatalf("fault %d: %v", index, err)
-					}
-					for i := off; i < off+l; i++ {
-						unknown[i] = err != nil
-					}
-					if op == blk.OpWrite {
-						r.Data.CopyTo(model[off : off+l])
-					} else if op == blk.OpWriteZeroes {
-						clear(model[off : off+l])
-					} else if op == blk.OpDiscard {
-						for i := off; i < off+l; i++ {
-							unknown[i] = true
-						}
-					}
-				}
-				for range 25 {
-					off, l := rng.Int64N(1024)*512, 512+rng.Int64N(100)*512
-					try([]blk.Op{blk.OpWrite, blk.OpWrite, blk.OpWrite, blk.OpWriteZeroes, blk.OpDiscard}[rng.IntN(5)], off, l)
-					if rng.IntN(4) == 0 {
-						try(blk.OpFlush, 0, 0)
-					}
-				}
-				caught := trap.Caught()
-				trap.Remove()
-				try(blk.OpFlush, 0, 0)
-				for off := int64(0); off < 1<<20; off += 128 << 10 {
-					try(blk.OpWrite, off, 1024)
-				}
-				got := readAll(t, n)
-				for i := range got {
-					if !unknown[i] && got[i] != model[i] {
-						t.Fatalf("fault %d: byte %d is %#x, want %#x", index, i, got[i], model[i])
-					}
-				}
-				if err := n.Close(); err != nil {
-					t.Fatalf("fault %d: close: %v", index, err)
-				}
-				checkClean(t, m.Bytes(), false)
-				if caught == 0 {
-					t.Logf("%d faults", index)
+				f := &flaky{Memory: blktest.NewMemory(int64(len(image))), rng: rng}
+				fillDisk(t, f.Memory, image)
+				n := reserveLittle(mustOpen(t, f, Options{Name: "test", Backing: base}))
+				first := f.index
+				f.fail = func(i int) bool { return i >= first+index && i < first+index+1+index%3 }
+				if !faulty(t, n, f, index, rng, contents) {
+					t.Logf("%d operations", index)
 					return
 				}
 			}
 		})
 	}
+}
+
+// faulty works on the image and checks it. It returns whether there was a fault.
+func faulty(t *testing.T, n *Node, f *flaky, index int, rng *rand.Rand, contents []byte) bool {
+	t.Helper()
+	model := bytes.Clone(contents)
+	unknown := make([]bool, len(model))
+	try := func(op blk.Op, off, l int64) {
+		t.Helper()
+		r := &blk.Request{Op: op, Off: off, Len: l, Flags: blk.Flags(rng.IntN(2))}
+		if op == blk.OpWrite {
+			r.Data = blk.BytesVec(nil, pattern(rng.Uint64(), int(l)))
+		} else if op == blk.OpFlush {
+			r.Flags = 0
+		}
+		failed := f.failed
+		err := blk.Do(blk.NewTask(), n, r)
+		if err != nil && !errors.Is(err, syscall.EIO) {
+			t.Fatalf("fault %d: %v", index, err)
+		}
+		if f.failed != failed {
+			checkClean(t, f.Bytes(), true)
+		}
+		for i := off; i < off+l; i++ {
+			unknown[i] = err != nil || op == blk.OpDiscard
+		}
+		if op == blk.OpWrite {
+			r.Data.CopyTo(model[off : off+l])
+		} else if op == blk.OpWriteZeroes {
+			clear(model[off : off+l])
+		}
+	}
+	for range 25 {
+		off, l := rng.Int64N(1024)*512, 512+rng.Int64N(100)*512
+		try([]blk.Op{blk.OpWrite, blk.OpWrite, blk.OpWrite, blk.OpWriteZeroes, blk.OpDiscard}[rng.IntN(5)], off, l)
+		if f.failed > 0 {
+			checkClean(t, f.Bytes(), true)
+		}
+		if rng.IntN(4) == 0 {
+			try(blk.OpFlush, 0, 0)
+		}
+	}
+	f.fail = nil
+	try(blk.OpFlush, 0, 0)
+	for off := int64(0); off < 1<<20; off += 128 << 10 {
+		try(blk.OpWrite, off, 1024)
+	}
+	got := readAll(t, n)
+	for i := range got {
+		if !unknown[i] && got[i] != model[i] {
+			t.Fatalf("fault %d: byte %d is %#x, want %#x", index, i, got[i], model[i])
+		}
+	}
+	if err := n.Close(); err != nil {
+		t.Fatalf("fault %d: close: %v", index, err)
+	}
+	checkClean(t, f.Bytes(), false)
+	return f.failed > 0
 }
 
 // TestPowerCut cuts the power at every point of a history and looks at what is left.
@@ -594,7 +637,7 @@ func TestPowerCut(t *testing.T) {
 			d := blktest.NewCrashDisk(int64(len(image)))
 			fillDisk(t, d, image)
 			mustDo(t, d, &blk.Request{Op: blk.OpFlush})
-			n := mustOpen(t, d, Options{Name: "test", Backing: base})
+			n := reserveLittle(mustOpen(t, d, Options{Name: "test", Backing: base}))
 			first := d.Points()
 			h := history{t: t, d: d, sectors: make([][]version, 1<<20/512)}
 			for i := range h.sectors {

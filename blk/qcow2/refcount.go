@@ -111,6 +111,7 @@ func (n *Node) loadRefTable(t *blk.Task) error {
 	}
 	n.refs.Store(r)
 	n.batch = max(minReserve>>n.clusterBits, 1)
+	n.maxBatch = max(maxReserve>>n.clusterBits, 1)
 	return nil
 }
 
@@ -261,7 +262,7 @@ func (n *Node) reserve(t *blk.Task, want int64) error {
 			return err
 		}
 	}
-	batch := min(max(want, n.batch), max(maxReserve>>n.clusterBits, 1))
+	batch := min(max(want, n.batch), n.maxBatch)
 	runs, err := n.find(t, batch)
 	if batch > 1 && blk.IsNoSpace(err) {
 		runs, err = n.find(t, 1)
@@ -269,7 +270,7 @@ func (n *Node) reserve(t *blk.Task, want int64) error {
 	if err != nil {
 		return err
 	}
-	n.batch = min(2*n.batch, max(maxReserve>>n.clusterBits, 1))
+	n.batch = min(2*n.batch, n.maxBatch)
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.pool = append(n.pool, runs...)

@@ -50,6 +50,11 @@ func TestManPage(t *testing.T) {
 				flags(sub)
 				continue
 			}
+			if name := sub.Name(); name == "image" {
+				imagePage(t, sub)
+				has("command "+name, `^\.It Cm `+name+` `)
+				continue
+			}
 			name := path + sub.Name()
 			if !sub.HasSubCommands() || sub.Name() == "completion" {
 				has("command "+name, `^\.It Cm `+name+`( |$)`)
@@ -65,5 +70,28 @@ func TestManPage(t *testing.T) {
 		if !known[m[1]] {
 			t.Errorf("blkstream.1 speaks of --%s, which no command has", m[1])
 		}
+	}
+}
+
+// imagePage holds blkstream-image.1, which is written with other macros, against its commands.
+func imagePage(t *testing.T, image *cobra.Command) {
+	text, err := os.ReadFile("blkstream-image.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	page := strings.ReplaceAll(string(text), `\-`, "-")
+	for _, cmd := range image.Commands() {
+		if !strings.Contains(page, `\fBblkstream image `+cmd.Name()+`\fR`) || !strings.Contains(page, "\n.B "+cmd.Name()+"\n") {
+			t.Errorf("command %s is not in blkstream-image.1", cmd.Name())
+		}
+		cmd.LocalNonPersistentFlags().VisitAll(func(f *pflag.Flag) {
+			pattern := `[^-\w]--` + f.Name + `\b`
+			if f.Shorthand != "" {
+				pattern += `|[^-\w]-` + f.Shorthand + `\b`
+			}
+			if !regexp.MustCompile(pattern).MatchString(page) {
+				t.Errorf("%s --%s is not in blkstream-image.1", cmd.Name(), f.Name)
+			}
+		})
 	}
 }

@@ -32,14 +32,15 @@ var mayImport = []struct {
 	{"blk", nil},
 	{"blk/uring", nil},
 	{"blk/loop", []string{"blk", "blk/uring"}},
-	{"blk/...", []string{"blk"}}, // drivers meet through graph edges only
+	{"blk/image", []string{"blk/..."}}, // puts the drivers together
+	{"blk/...", []string{"blk"}},       // drivers meet through graph edges only
 	{"vhostuser", []string{"virtq"}},
 	{"vhostuser/vblk", []string{"vhostuser", "virtq", "blk", "blk/loop"}},
 	{"vhostuser/frontend", []string{"vhostuser", "virtq"}},
 	{"copy/control", nil},
 	{"copy/job", []string{"blk"}},
 	{"copy/...", []string{"blk/...", "copy/job"}},
-	{"cmd/blkstream", []string{"config", "copy/control"}},
+	{"cmd/blkstream", []string{"config", "copy/control", "blk", "blk/image", "blk/qcow2"}},
 	{"cmd/...", []string{"virtq", "config", "blk/...", "vhostuser/...", "copy/...", "cmd/blkstreamd/..."}},
 	{"test/...", []string{"..."}},
 }

@@ -62,7 +62,7 @@ func TestInstall(t *testing.T) {
 	prefix := filepath.Join(dir, "opt/b")
 	for name, mode := range map[string]os.FileMode{
 		"bin/blkstream": 0o755, "sbin/blkstreamd": 0o755,
-		"share/man/man1/blkstream.1": 0o644, "share/man/man5/blkstream.toml.5": 0o644, "share/man/man8/blkstreamd.8": 0o644,
+		"share/man/man1/blkstream.1": 0o644, "share/man/man1/blkstream-image.1": 0o644, "share/man/man5/blkstream.toml.5": 0o644, "share/man/man8/blkstreamd.8": 0o644,
 		"lib/systemd/system/blkstreamd.service": 0o644, "share/bash-completion/completions/blkstream": 0o644,
 		"share/zsh/site-functions/_blkstream": 0o644, "share/fish/vendor_completions.d/blkstream.fish": 0o644,
 	} {

@@ -27,7 +27,7 @@ func createOurs(t *testing.T, v variant, m *model) string {
 	}
 	if v.data != "" {
 		data := openNew(t, filepath.Join(dir, "data"))
-		defer data.Close()
+		defer closeNode(t, data)
 		o.DataFile, o.DataFileRaw, o.Data = "data", v.data == "raw", data
 	}
 	if v.backing != "" {
@@ -35,7 +35,7 @@ func createOurs(t *testing.T, v variant, m *model) string {
 		o.BackingFile, o.BackingFormat = "base", "qcow2"
 	}
 	storage := openNew(t, path)
-	defer storage.Close()
+	defer closeNode(t, storage)
 	if err := qcow2.Create(blk.NewTask(), storage, o); err != nil {
 		t.Fatal(err)
 	}
@@ -60,7 +60,7 @@ func info(t *testing.T, path string) any {
 		Format      string         `json:"backing-filename-format"`
 		Specific    map[string]any `json:"format-specific"`
 	}
-	if err := json.Unmarshal([]byte(run(t, "", "qemu-img", "info", "--output=json", path)), &all); err != nil {
+	if err := json.Unmarshal([]byte(runIn(t, filepath.Dir(path), "", "qemu-img", "info", "--output=json", path)), &all); err != nil {
 		t.Fatal(err)
 	}
 	return all
@@ -121,7 +121,7 @@ func TestCreateLarge(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "image")
 	storage := openNew(t, path)
 	err := qcow2.Create(blk.NewTask(), storage, qcow2.CreateOptions{Size: 64 << 40})
-	storage.Close()
+	closeNode(t, storage)
 	if err != nil {
 		t.Fatal(err)
 	}

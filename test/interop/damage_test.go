@@ -95,7 +95,7 @@ func (r *raw) setCount(off int64, v uint64) {
 // damages break an image in ways that a check must find. Those that say so are found by us alone.
 var damages = []struct {
 	name   string
-	strict bool // qemu-img check does not see it, or not all of it
+	strict bool // qemu-img check does not see it, or sees more in it
 	lost   bool // no repair brings back what was there
 	do     func(r *raw)
 }{
@@ -130,10 +130,10 @@ var damages = []struct {
 		list := r.clusters(false)
 		r.put(list[0], r.get(list[len(list)-1]))
 	}},
-	{"a cluster is the L1 table", true, true, func(r *raw) { off, _ := r.l1(); r.put(r.pick(r.clusters(false)), 1<<63-1&off|-1<<63) }},
+	{"a cluster is the L1 table", true, true, func(r *raw) { off, _ := r.l1(); r.put(r.pick(r.clusters(false)), off|-1<<63) }},
 	{"a cluster lies behind the end", false, true, func(r *raw) { r.put(r.pick(r.clusters(false)), 1<<40|-1<<63) }},
 	{"an L2 table lies behind the end", false, true, func(r *raw) { r.put(r.pick(r.l2s()), 1<<40|-1<<63) }},
-	{"an L2 table lies beside a cluster", false, true, func(r *raw) { e := r.pick(r.l2s()); r.put(e, r.get(e)+512) }},
+	{"an L2 table lies beside a cluster", true, true, func(r *raw) { e := r.pick(r.l2s()); r.put(e, r.get(e)+512) }},
 	{"a cluster lies beside one", false, true, func(r *raw) { e := r.pick(r.clusters(false)); r.put(e, r.get(e)+512) }},
 	{"reserved bits of a cluster are set", false, true, func(r *raw) { r.flip(r.pick(r.clusters(false)), 58) }},
 	{"reserved bits of an L2 table are set", false, true, func(r *raw) { r.flip(r.pick(r.l2s()), 58) }},

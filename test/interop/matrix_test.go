@@ -42,8 +42,13 @@ func (v variant) name() string {
 	return s
 }
 
-func (v variant) snapshots() bool  { return v.data == "" && v.refcounts > 1 }
-func (v variant) compresses() bool { return v.data == "" }
+func (v variant) snapshots() bool { return v.data == "" && v.refcounts > 1 }
+
+// compresses: QEMU writes compressed clusters where nothing is, and does not discard where a backing file of a version
+// 2 image would show. Small counts are left to snapshots: many compressed clusters count in one host cluster.
+func (v variant) compresses() bool {
+	return v.data == "" && (v.version > 2 || v.backing == "") && (v.refcounts == 1 || v.refcounts > 8)
+}
 
 // size has some clusters, several tables where clusters are small, and a last cluster that is not whole.
 func (v variant) size() int64 {

@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -59,7 +60,7 @@ func run(t *testing.T, stdin string, name string, args ...string) string {
 	return runIn(t, "", stdin, name, args...)
 }
 
-// runIn runs it in a folder: names in images are relative to them.
+// runIn runs it in a folder. QEMU looks for data files from there.
 func runIn(t *testing.T, dir, stdin string, name string, args ...string) string {
 	t.Helper()
 	out, err := try(dir, stdin, name, args...)
@@ -69,12 +70,34 @@ func runIn(t *testing.T, dir, stdin string, name string, args ...string) string 
 	return out
 }
 
+// A child has our files open until it becomes another program, and with them our locks. No file is closed meanwhile:
+// whoever opens it next would find it in use.
+var forks sync.RWMutex
+
+func start(cmd *exec.Cmd) error {
+	forks.Lock()
+	defer forks.Unlock()
+	return cmd.Start()
+}
+
+func closeNode(t *testing.T, n blk.Node) {
+	t.Helper()
+	forks.RLock()
+	defer forks.RUnlock()
+	if err := n.Close(); err != nil {
+		t.Fatalf("close: %v", err)
+	}
+}
+
 func try(dir, stdin string, name string, args ...string) (string, error) {
 	cmd := exec.Command(name, args...)
 	cmd.Dir = dir
 	var stdout, all bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &all
-	err := cmd.Run()
+	err := start(cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
 	if err != nil {
 		err = fmt.Errorf("%s %s: %w\n%s%s", name, strings.Join(args, " "), err, &stdout, &all)
 	}
@@ -97,12 +120,16 @@ type qemuCheck struct {
 func checkWithQEMU(t *testing.T, path string, args ...string) qemuCheck {
 	t.Helper()
 	cmd := exec.Command("qemu-img", append([]string{"check", "--output=json", "-f", "qcow2", path}, args...)...)
+	cmd.Dir = filepath.Dir(path)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	err := cmd.Run()
-	// 2: errors, 3: leaks; 1: it did not get as far.
-	if exit := (*exec.ExitError)(nil); err != nil && (!errors.As(err, &exit) || exit.ExitCode() == 1) {
-		t.Fatalf("qemu-img check: %v\n%s%s", err, &stdout, &stderr)
+	err := start(cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	// Findings are in the exit status and on stdout. If there is no document, it could not even begin.
+	if exit := (*exec.ExitError)(nil); err != nil && (!errors.As(err, &exit) || stdout.Len() == 0) {
+		t.Fatalf("qemu-img check: %v\n%s", err, &stderr)
 	}
 	var c qemuCheck
 	// A repair prints two documents; the second says what is left.
@@ -142,7 +169,7 @@ func compareStatistics(t *testing.T, theirs qemuCheck, ours qcow2.CheckResult) {
 func checkOurs(t *testing.T, path string, repair qcow2.Repair) qcow2.CheckResult {
 	t.Helper()
 	f := openFile(t, path, repair == qcow2.RepairNone)
-	defer f.Close()
+	defer closeNode(t, f)
 	r, err := qcow2.Check(blk.NewTask(), f, repair)
 	if err != nil {
 		t.Fatalf("our check: %v", err)
@@ -153,7 +180,7 @@ func checkOurs(t *testing.T, path string, repair qcow2.Repair) qcow2.CheckResult
 // modify has qemu-io carry out commands. Nothing needs to survive the host: no flush waits for the disk.
 func modify(t *testing.T, path string, commands []string) {
 	t.Helper()
-	out := run(t, strings.Join(commands, "\n")+"\nquit\n", "qemu-io", "-f", "qcow2", "-t", "unsafe", "-d", "unmap", path)
+	out := runIn(t, filepath.Dir(path), strings.Join(commands, "\n")+"\nquit\n", "qemu-io", "-f", "qcow2", "-t", "unsafe", "-d", "unmap", path)
 	if strings.Contains(out, "failed") {
 		t.Fatalf("qemu-io: %s", out)
 	}
@@ -167,7 +194,7 @@ func readWithQEMU(t *testing.T, path, snapshot string) []byte {
 	if snapshot != "" {
 		args = append(args, "-l", "snapshot.name="+snapshot)
 	}
-	run(t, "", "qemu-img", append(args, path, to)...)
+	runIn(t, filepath.Dir(path), "", "qemu-img", append(args, path, to)...)
 	b, err := os.ReadFile(to)
 	if err != nil {
 		t.Fatal(err)
@@ -178,7 +205,7 @@ func readWithQEMU(t *testing.T, path, snapshot string) []byte {
 
 func openFile(t *testing.T, path string, readOnly bool) *file.Node {
 	t.Helper()
-	f, err := file.Open(path, file.Options{ReadOnly: readOnly, NoSync: true, Growable: !readOnly})
+	f, err := file.Open(path, file.Options{ReadOnly: readOnly, NoSync: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -201,7 +228,7 @@ func openOurs(t *testing.T, path string, readOnly bool) *qcow2.Node {
 	}
 	if h.BackingFile != "" {
 		b := openOurs(t, beside(h.BackingFile), true)
-		t.Cleanup(func() { b.Close() })
+		t.Cleanup(func() { closeNode(t, b) })
 		o.Backing = b
 	}
 	n, err := qcow2.Open(task, storage, o)
@@ -225,13 +252,6 @@ func readNode(t *testing.T, n blk.Node) []byte {
 		}
 	}
 	return b
-}
-
-func closeNode(t *testing.T, n blk.Node) {
-	t.Helper()
-	if err := n.Close(); err != nil {
-		t.Fatalf("close: %v", err)
-	}
 }
 
 // mustEqual says where contents differ first.
