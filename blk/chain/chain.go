@@ -182,9 +182,7 @@ func (n *Node) span() int64 { return n.unit * pageUnits }
 // Entries count layers from the bottom, so that they stay true when one is put on top.
 func (n *Node) index(e entry) int { return len(n.layers) - 1 - e.layer() }
 
-// depth fits the number of a layer into Extent.Depth. The largest number stands for all deeper ones, and leaves room
-// for the image above the chain to count itself.
-func depth(i int) uint8 { return uint8(min(i, 254)) }
+func depth(i int) uint16 { return uint16(i) }
 
 // below makes an extent of layer i one of the chain.
 func below(x blk.Extent, i int) blk.Extent {

@@ -42,6 +42,7 @@ type Options struct {
 	ReadOnly bool
 	Direct   bool  // bypass the host's page cache
 	NoSync   bool  // ignore flushes
+	Unlocked bool  // the first image without the locks that keep writers out; see file.Options
 	Align    int64 // every change is a multiple of this many bytes; see file.Options
 	// Backing names the images behind the first one, in place of what the images say: the nearest first. An empty
 	// field leaves what the image says. Behind the last of them the images' own names count.
@@ -163,7 +164,7 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 	}
 	fo := file.Options{ReadOnly: true, Direct: o.Direct, NoSync: o.NoSync}
 	if len(g.Chain) == 0 {
-		fo.ReadOnly, fo.Align = o.ReadOnly, o.Align
+		fo.ReadOnly, fo.Align, fo.Unlocked = o.ReadOnly, o.Align, o.Unlocked
 	}
 	var err error
 	if m.storage, err = g.openStorage(m.Path, m.Format == Qcow2, seen, fo, o.Check); err != nil {
@@ -201,7 +202,8 @@ func (g *Image) openStorage(path string, meta bool, seen *identities, fo file.Op
 		return nil, err
 	}
 	if meta {
-		fo.Align = 0
+		// Tables and compressed clusters are written in whole sectors at least.
+		fo.Align, fo.Grows = min(fo.Align, blk.SectorSize), true
 	}
 	f, err := file.Open(path, fo)
 	if err != nil {

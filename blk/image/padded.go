@@ -31,14 +31,9 @@ func (p *padded) TryMap(op blk.Op, off, l int64) (blk.Extent, bool) {
 	case off >= size:
 		return blk.Extent{Len: min(l, p.info.Size-off), State: blk.Zero}, true
 	default:
-		x, ok := p.disk.TryMap(op, off, min(l, size-off))
-		x.Depth = min(x.Depth, maxDepth)
-		return x, ok
+		return p.disk.TryMap(op, off, min(l, size-off))
 	}
 }
-
-// maxDepth leaves room in Extent.Depth for the image in front to count itself.
-const maxDepth = 254
 
 // Map implements blk.Node.
 func (p *padded) Map(t *blk.Task, off, l int64) (blk.Extent, error) {
@@ -46,9 +41,7 @@ func (p *padded) Map(t *blk.Task, off, l int64) (blk.Extent, error) {
 	if off >= size && off < p.info.Size && l > 0 {
 		return blk.Extent{Len: min(l, p.info.Size-off), State: blk.Zero}, nil
 	}
-	x, err := p.disk.Map(t, off, min(l, size-off))
-	x.Depth = min(x.Depth, maxDepth)
-	return x, err
+	return p.disk.Map(t, off, min(l, size-off))
 }
 
 // Do implements blk.Node.

@@ -348,6 +348,8 @@ func (c *copier) ready(ctx context.Context) error {
 		c.job.Update(func(r *job.Record) {
 			if ready = r.State != job.StatePaused; ready {
 				r.State, r.TargetConsistent, r.Error = job.StateReady, true, ""
+				r.BytesDone = c.progress.done.Load()
+				r.BytesTotal = r.BytesDone + c.left()
 				r.Message = fmt.Sprintf("both images are the same; finish with: blkstream switch %s", r.Disk)
 			}
 		})

@@ -165,7 +165,7 @@ func (d *Daemon) openImage(path, format string, spec *config.Disk, g *blk.Graph,
 		NoSync:   spec.Cache == "unsafe",
 		Unlocked: unlocked,
 		Align:    int64(spec.BlockSize),
-		Check:    func(path string) error { return config.CheckRoots(path, d.file.Daemon.ImageRoots) },
+		Check:    d.checkRoots,
 		Cache:    qcow2.NewCache(spec.MetadataCache),
 		Barrier:  g.Barrier,
 	}
@@ -178,6 +178,9 @@ func (d *Daemon) openImage(path, format string, spec *config.Disk, g *blk.Graph,
 		return nil, control.Errorf(control.ErrPrecondition, "%w", err)
 	case errors.Is(err, image.ErrFormat), errors.Is(err, qcow2.ErrFeature):
 		return nil, control.Errorf(control.ErrUnsupported, "%w", err)
+	case errors.Is(err, image.ErrNoFormat), errors.Is(err, image.ErrName), errors.Is(err, image.ErrLoop),
+		errors.Is(err, image.ErrDepth), errors.Is(err, qcow2.ErrFormat):
+		return nil, control.Errorf(control.ErrInvalid, "%w", err)
 	case err != nil:
 		return nil, err
 	}
@@ -185,6 +188,13 @@ func (d *Daemon) openImage(path, format string, spec *config.Disk, g *blk.Graph,
 		d.opts.Log.Warn(w, "image", path)
 	}
 	return img, nil
+}
+
+func (d *Daemon) checkRoots(path string) error {
+	if err := config.CheckRoots(path, d.file.Daemon.ImageRoots); err != nil {
+		return control.Errorf(control.ErrInvalid, "%w", err)
+	}
+	return nil
 }
 
 // startDisk opens the image and serves the socket.
