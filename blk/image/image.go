@@ -42,6 +42,7 @@ type Options struct {
 	ReadOnly bool
 	Direct   bool  // bypass the host's page cache
 	NoSync   bool  // ignore flushes
+	Unlocked bool  // the first image without the locks that keep writers out; see file.Options
 	Align    int64 // every change is a multiple of this many bytes; see file.Options
 	// Backing names the images behind the first one, in place of what the images say: the nearest first. An empty
 	// field leaves what the image says. Behind the last of them the images' own names count.
@@ -166,12 +167,10 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 	}
 	fo := file.Options{ReadOnly: true, Direct: o.Direct, NoSync: o.NoSync}
 	if len(g.Chain) == 0 {
-		fo.ReadOnly, fo.Align = o.ReadOnly, o.Align
+		fo.ReadOnly, fo.Align, fo.Unlocked = o.ReadOnly, o.Align, o.Unlocked
 	}
 	var err error
-	so := fo
-	so.Grows = m.Format == Qcow2
-	if m.storage, err = g.openStorage(m.Path, seen, so, o.Check); err != nil {
+	if m.storage, err = g.openStorage(m.Path, m.Format == Qcow2, seen, fo, o.Check); err != nil {
 		return err
 	}
 	g.Chain = append(g.Chain, m)
@@ -190,13 +189,13 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 	if m.DataFile, err = Resolve(m.Path, m.Header.DataFile); err != nil {
 		return fmt.Errorf("image %q: data file %w", m.Path, err)
 	}
-	if m.data, err = g.openStorage(m.DataFile, seen, fo, o.Check); err != nil {
+	if m.data, err = g.openStorage(m.DataFile, false, seen, fo, o.Check); err != nil {
 		return fmt.Errorf("image %q: data file: %w", m.Path, err)
 	}
 	return nil
 }
 
-func (g *Image) openStorage(path string, seen *identities, fo file.Options, check func(string) error) (*file.Node, error) {
+func (g *Image) openStorage(path string, meta bool, seen *identities, fo file.Options, check func(string) error) (*file.Node, error) {
 	if check != nil {
 		if err := check(path); err != nil {
 			return nil, err
@@ -204,6 +203,10 @@ func (g *Image) openStorage(path string, seen *identities, fo file.Options, chec
 	}
 	if err := seen.add(path); err != nil {
 		return nil, err
+	}
+	if meta {
+		// Tables and compressed clusters are written in whole sectors at least.
+		fo.Align, fo.Grows = min(fo.Align, blk.SectorSize), true
 	}
 	f, err := file.Open(path, fo)
 	if err != nil {

@@ -33,7 +33,9 @@ const DefaultGranularity = 64 << 10
 type Setup struct {
 	Graph  *blk.Graph // its root is the source
 	Target blk.Node   // at least as large; the job owns it
-	Blank  bool       // the target reads as zeros everywhere
+	// Release closes the source after the switch, or else the target, with all that belongs to it. nil: its Close.
+	Release func(blk.Node) error
+	Blank   bool // the target reads as zeros everywhere
 	// Base is the shared base: what lies at least this many images behind the source's first one is left out, for the
 	// target reads the same there. 0: there is none.
 	Base uint16
@@ -77,7 +79,7 @@ type copier struct {
 func Run(ctx context.Context, j *job.Job, s Setup) error {
 	c := &copier{Setup: s, job: j, opts: j.Record().Options, targetErr: make(chan error, 1), pacer: job.NewPacer(s.Graph)}
 	if err := c.insert(ctx); err != nil {
-		return errors.Join(err, s.Target.Close())
+		return errors.Join(err, c.release(s.Target))
 	}
 	watch, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
@@ -135,7 +137,14 @@ func (c *copier) remove(ctx context.Context) error {
 	if err != nil {
 		return err // the filter stays, and with it the target: the guest's writes are logged in vain
 	}
-	return errors.Join(flushErr, c.Target.Close())
+	return errors.Join(flushErr, c.release(c.Target))
+}
+
+func (c *copier) release(n blk.Node) error {
+	if c.Release != nil {
+		return c.Release(n)
+	}
+	return n.Close()
 }
 
 // stages goes through them, back to dirty whenever the target failed and the user or the space let it go on.
@@ -339,6 +348,8 @@ func (c *copier) ready(ctx context.Context) error {
 		c.job.Update(func(r *job.Record) {
 			if ready = r.State != job.StatePaused; ready {
 				r.State, r.TargetConsistent, r.Error = job.StateReady, true, ""
+				r.BytesDone = c.progress.done.Load()
+				r.BytesTotal = r.BytesDone + c.left()
 				r.Message = fmt.Sprintf("both images are the same; finish with: blkstream switch %s", r.Disk)
 			}
 		})
@@ -430,7 +441,7 @@ func (c *copier) switchOver(ctx context.Context) error {
 		return err
 	}
 	c.job.Update(func(r *job.Record) { r.Message, r.Error = c.Hint, "" })
-	if err := source.Close(); err != nil {
+	if err := c.release(source); err != nil {
 		c.job.Update(func(r *job.Record) {
 			r.Error = fmt.Sprintf("the guest is on %s; closing %s: %v", r.Target, r.Source, err)
 		})
