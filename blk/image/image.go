@@ -170,7 +170,12 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 		fo.ReadOnly, fo.Align, fo.Unlocked = o.ReadOnly, o.Align, o.Unlocked
 	}
 	var err error
-	if m.storage, err = g.openStorage(m.Path, m.Format == Qcow2, seen, fo, o.Check); err != nil {
+	so := fo
+	if m.Format == Qcow2 {
+		// Tables and compressed clusters are written in whole sectors at least.
+		so.Align, so.Grows = min(fo.Align, blk.SectorSize), true
+	}
+	if m.storage, err = g.openStorage(m.Path, seen, so, o.Check); err != nil {
 		return err
 	}
 	g.Chain = append(g.Chain, m)
@@ -189,13 +194,13 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 	if m.DataFile, err = Resolve(m.Path, m.Header.DataFile); err != nil {
 		return fmt.Errorf("image %q: data file %w", m.Path, err)
 	}
-	if m.data, err = g.openStorage(m.DataFile, false, seen, fo, o.Check); err != nil {
+	if m.data, err = g.openStorage(m.DataFile, seen, fo, o.Check); err != nil {
 		return fmt.Errorf("image %q: data file: %w", m.Path, err)
 	}
 	return nil
 }
 
-func (g *Image) openStorage(path string, meta bool, seen *identities, fo file.Options, check func(string) error) (*file.Node, error) {
+func (g *Image) openStorage(path string, seen *identities, fo file.Options, check func(string) error) (*file.Node, error) {
 	if check != nil {
 		if err := check(path); err != nil {
 			return nil, err
@@ -203,10 +208,6 @@ func (g *Image) openStorage(path string, meta bool, seen *identities, fo file.Op
 	}
 	if err := seen.add(path); err != nil {
 		return nil, err
-	}
-	if meta {
-		// Tables and compressed clusters are written in whole sectors at least.
-		fo.Align, fo.Grows = min(fo.Align, blk.SectorSize), true
 	}
 	f, err := file.Open(path, fo)
 	if err != nil {
