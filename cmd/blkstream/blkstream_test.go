@@ -467,6 +467,10 @@ func TestDescribe(t *testing.T) {
 			"mirror 100%, 10 GiB of 10 GiB, ready",
 		},
 		{
+			func(j *control.Job) { j.State, j.Message = "ready", "finish with: blkstream switch disk0" },
+			"bulk 30%, 3 GiB of 10 GiB, ready; finish with: blkstream switch disk0, guest dirties 20 MiB/s",
+		},
+		{
 			func(j *control.Job) {
 				j.Stage, j.Verify, j.VerifiedBytes, j.BytesDone = "mirror", true, 1<<30, 10<<30-1
 			},

@@ -91,28 +91,28 @@ func (a *app) diskAddCmd() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&req.Id, "id", "", "name of the disk")
-	f.StringVar(&req.Image, "image", "", "path of the image")
-	f.StringVar(&req.Format, "format", "", "format of the image; never guessed")
-	f.StringVar(&req.Socket, "socket", "", "vhost-user socket to create for the disk")
+	f.StringVar(&req.Id, "id", "", "`ID` of the disk")
+	f.StringVar(&req.Image, "image", "", "`path` of the image")
+	f.StringVar(&req.Format, "format", "", "`format` of the image; never guessed")
+	f.StringVar(&req.Socket, "socket", "", "`path` of the vhost-user socket to create for the disk")
 	for _, name := range []string{"id", "image", "format", "socket"} {
 		_ = cmd.MarkFlagRequired(name) // fails only for flags that do not exist
 	}
 	f.BoolVar(&req.ReadOnly, "read-only", false, "refuse writes")
-	f.Uint32Var(&req.Queues, "queues", config.DefaultQueues, "request queues to offer")
-	f.Uint32Var(&req.QueueSize, "queue-size", config.DefaultQueueSize, "entries of a queue, a power of two")
+	f.Uint32Var(&req.Queues, "queues", config.DefaultQueues, "offer `N` request queues")
+	f.Uint32Var(&req.QueueSize, "queue-size", config.DefaultQueueSize, "`N` entries a queue, a power of two")
 	cache.addTo(cmd, "cache", "cache mode, as in QEMU")
 	f.Var(&blockSize, "block-size", "logical block size, 512 or 4096")
-	f.StringVar(&req.Serial, "serial", "", "serial number the guest sees")
+	f.StringVar(&req.Serial, "serial", "", "`text` that the guest sees as serial number")
 	f.BoolVar(&discard, "discard", true, "pass the guest's discards on to the image")
-	f.Uint32Var(&poll, "poll-us", poll, "most microseconds that a queue without work busy-polls before it sleeps; 0: none")
+	f.Uint32Var(&poll, "poll-us", poll, "at most `N` microseconds of busy-polling before a queue without work sleeps; 0: none")
 	return cmd
 }
 
 func (a *app) diskResizeCmd() *cobra.Command {
 	return &cobra.Command{
 		Use:               "resize DISK SIZE",
-		Short:             "Give a disk another size; the guest is told",
+		Short:             "Make a disk larger; the guest is told",
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: a.complete(diskIDs),
 		RunE: func(cmd *cobra.Command, args []string) error {

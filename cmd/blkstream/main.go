@@ -44,6 +44,9 @@ func (a *app) run(ctx context.Context, args []string) int {
 	if errors.As(err, &status) {
 		return status.status
 	}
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		err = errors.New("interrupted")
+	}
 	fmt.Fprintf(a.err, "blkstream: %v\n", err)
 	var job *jobError
 	var usage *usageError

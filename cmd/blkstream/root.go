@@ -58,7 +58,7 @@ func (a *app) root() *cobra.Command {
 	root.SetOut(a.out)
 	root.SetErr(a.err)
 	root.PersistentFlags().StringVar(&a.socket, "socket", "",
-		"control socket of blkstreamd (default $BLKSTREAM_SOCKET or "+config.DefaultControl+")")
+		"`path` of the control socket of blkstreamd (default $BLKSTREAM_SOCKET or "+config.DefaultControl+")")
 	root.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON, one document a line")
 	return root
 }

@@ -398,6 +398,11 @@ func TestAddedDisk(t *testing.T) {
 		t.Errorf("polling that was switched off is on: %v", err)
 	}
 	b.holds("extra", 6)
+	k.State = "connected"
+	for k.State != "idle" { // the daemon has yet to see that the guest is gone
+		k, err = c.DiskShow(t.Context(), &control.DiskShowRequest{Id: "extra"})
+		b.must(err)
+	}
 	_, err = c.DiskRemove(t.Context(), &control.DiskRemoveRequest{Id: "extra"})
 	b.must(err)
 	b.stop(d)
