@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 
 	"github.com/blkstream/blkstream/blk"
@@ -27,10 +28,10 @@ func Convert(ctx context.Context, src blk.Node, path string, o ConvertOptions) (
 		c.Size = src.Info().Size
 	}
 	if c.Size < src.Info().Size {
-		return errors.Join(blk.ErrInvalid, errors.New("the target is smaller than the source"))
+		return fmt.Errorf("a target of %d bytes for a source of %d: %w", c.Size, src.Info().Size, blk.ErrInvalid)
 	}
 	if o.Compress && c.Format != Qcow2 {
-		return errors.Join(blk.ErrInvalid, errors.New("only qcow2 images can be compressed"))
+		return fmt.Errorf("a compressed %s image: %w", c.Format, blk.ErrInvalid)
 	}
 	if err := Create(ctx, path, *c); err != nil {
 		return err

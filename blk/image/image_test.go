@@ -4,6 +4,7 @@ package image
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/blktest"
 	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/qcow2"
 )
@@ -743,6 +745,51 @@ func TestCreateConvert(t *testing.T) {
 	}
 }
 
+// What fails or is interrupted leaves nothing behind.
+func TestConvertFails(t *testing.T) {
+	d := newDir(t)
+	mem := blktest.NewMemory(40 << 20)
+	if err := write(blk.NewTask(), mem, bytes.Repeat([]byte{1}, 40<<20), 0); err != nil {
+		t.Fatal(err)
+	}
+	src := blktest.NewFault(mem)
+	before := openFiles(t)
+	try := func(ctx context.Context, progress Progress, want error) {
+		t.Helper()
+		for _, o := range []qcow2.CreateOptions{{Size: -1}, {Size: -1, DataFile: "data"}} {
+			err := Convert(ctx, src, d.at("out"), ConvertOptions{
+				Target: CreateOptions{Format: Qcow2, CreateOptions: o}, Progress: progress,
+			})
+			if !errors.Is(err, want) {
+				t.Errorf("%v, want %v", err, want)
+			}
+			if left, err := os.ReadDir(d.path); err != nil || len(left) > 0 {
+				t.Errorf("left behind: %v, %v", left, err)
+			}
+		}
+		if after := openFiles(t); after != before {
+			t.Errorf("%d files are open, %d were before", after, before)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	try(ctx, func(done, _ int64) {
+		if done > 10<<20 {
+			cancel()
+		}
+	}, context.Canceled)
+	bad := errors.New("bad sector")
+	trap := src.Add(blktest.Rule{Ops: []blk.Op{blk.OpRead}, Off: 30 << 20, Len: 512, Err: bad})
+	try(t.Context(), nil, bad)
+	trap.Remove()
+	if err := Convert(t.Context(), src, d.at("out"), ConvertOptions{Target: CreateOptions{Format: Qcow2}}); !errors.Is(err, blk.ErrInvalid) {
+		t.Errorf("a target that is too small: %v", err)
+	}
+	o := ConvertOptions{Target: CreateOptions{Format: Raw, CreateOptions: qcow2.CreateOptions{Size: -1}}, Compress: true}
+	if err := Convert(t.Context(), src, d.at("out"), o); !errors.Is(err, blk.ErrInvalid) {
+		t.Errorf("a compressed raw image: %v", err)
+	}
+}
+
 func TestCreateRefuses(t *testing.T) {
 	need(t, "qemu-img")
 	d := newDir(t)
@@ -880,6 +927,44 @@ func firstDifference(a, b []byte) int {
 		return min(len(a), len(b))
 	}
 	return -1
+}
+
+// A rebase that is cut off changes nothing that a guest could see.
+func TestRebaseInterrupted(t *testing.T) {
+	need(t, "qemu-img", "qemu-io")
+	d := newDir(t)
+	d.tool("qemu-img", "create", "-q", "-f", "raw", "base", "64M")
+	d.tool("qemu-io", "-f", "raw", "-c", "write -P 5 0 64M", "base")
+	d.tool("qemu-img", "create", "-q", "-f", "qcow2", "other", "32M")
+	d.tool("qemu-io", "-f", "qcow2", "-c", "write -P 6 0 32M", "other")
+	d.tool("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "top")
+	d.tool("qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 512", "-c", "write -z 2M 1M", "top")
+	data := d.contents("top", Qcow2)
+	o := RebaseOptions{Layer: Layer{"other", Qcow2}}
+	for at := int64(4 << 20); ; at += 20 << 20 {
+		ctx, cancel := context.WithCancel(t.Context())
+		o.Progress = func(done, _ int64) {
+			if done >= at {
+				cancel()
+			}
+		}
+		err := Rebase(ctx, d.at("top"), o)
+		cancel()
+		if !bytes.Equal(d.contents("top", Qcow2), data) {
+			t.Fatalf("interrupted at %d the disk reads as something else", at)
+		}
+		d.checkClean("top")
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+	}
+	infos, err := Describe(d.at("top"), Qcow2, true, Options{})
+	if err != nil || len(infos) != 2 || infos[0].BackingFilename != "other" {
+		t.Errorf("%+v, %v", infos, err)
+	}
 }
 
 func TestRebaseUnsafe(t *testing.T) {

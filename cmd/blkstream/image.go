@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +15,7 @@ import (
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
 
+	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/config"
 )
@@ -150,6 +152,8 @@ func (a *app) imageCreateCmd() *cobra.Command {
 // hint adds the flag that allows what was refused.
 func hint(err error) error {
 	switch {
+	case errors.Is(err, context.Canceled):
+		return errors.New("interrupted")
 	case errors.Is(err, fs.ErrExist):
 		return fmt.Errorf("%w (--existing takes it and drops what it holds)", err)
 	case errors.Is(err, image.ErrShrink):
@@ -214,8 +218,7 @@ func (a *app) imageConvertCmd() *cobra.Command {
 
 // openImage opens an image with all behind it, for reading.
 func (a *app) openImage(path, format string) (*image.Image, error) {
-	t := newTask()
-	g, err := image.Open(t, path, format, image.Options{ReadOnly: true})
+	g, err := image.Open(blk.NewTask(), path, format, image.Options{ReadOnly: true})
 	if err != nil {
 		return nil, err
 	}
@@ -250,7 +253,7 @@ become smaller: what lay beyond it is lost.`,
 				return &usageError{errors.Join(err, fmt.Errorf("bad size %q", args[1]))}
 			}
 			a.started = true
-			if err := image.Resize(newTask(), args[0], format.value, sign, n, shrink); err != nil {
+			if err := image.Resize(blk.NewTask(), args[0], format.value, sign, n, shrink); err != nil {
 				return hint(err)
 			}
 			return a.sayImage(args[0], format.value, "resized")
@@ -321,7 +324,7 @@ moved or renamed, or, without -b, to record its format.`,
 			err := image.Rebase(cmd.Context(), args[0], o)
 			stop()
 			if err != nil {
-				return err
+				return hint(err)
 			}
 			return a.sayImage(args[0], format.value, "rebased")
 		},

@@ -12,14 +12,11 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/blk/qcow2"
 )
 
 // The image commands that only look. Where qemu-img prints the same as JSON the keys are the same.
-
-func newTask() *blk.Task { return blk.NewTask() }
 
 func (a *app) imageInfoCmd() *cobra.Command {
 	var format choice
@@ -246,9 +243,9 @@ only data is listed, not what reads as zeros.`,
 			if a.json {
 				show = mapJSON
 			}
-			return show(a.out, func(fn func(image.Segment) error) error {
+			return hint(show(a.out, func(fn func(image.Segment) error) error {
 				return image.Map(cmd.Context(), args[0], format.value, image.Options{}, fn)
-			})
+			}))
 		},
 	}
 	formatFlag(cmd, &format, "format", "f", "format of the image")
@@ -337,7 +334,7 @@ Exit status: 0 they are the same; 1 they differ, or one could not be read.`,
 			d, err := image.Compare(cmd.Context(), x.Root, y.Root, progress)
 			stop()
 			if err != nil {
-				return err
+				return hint(err)
 			}
 			return a.printCompare(d, x.Root.Info().Size, y.Root.Info().Size, strict)
 		},

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -277,8 +276,9 @@ func TestImageConvertInterrupted(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if status := newApp(io.Discard, io.Discard).run(ctx, fields("image convert -f raw -O raw src dst")); status != exitFailed {
-		t.Errorf("status %d", status)
+	status, _, errs := runCLI(ctx, fields("image convert -f raw -O raw src dst")...)
+	if status != exitFailed || errs != "blkstream: interrupted\n" {
+		t.Errorf("status %d: %s", status, errs)
 	}
 	if _, err := os.Stat("dst"); !os.IsNotExist(err) {
 		t.Errorf("the target is there: %v", err)
