@@ -41,6 +41,7 @@ func (n *Node) zero(t *blk.Task, off, l int64, m zeroMode) error {
 		if err := n.zeroInTable(t, off, next, m); err != nil {
 			return err
 		}
+		n.tidy(t)
 		off = next
 	}
 	return nil

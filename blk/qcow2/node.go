@@ -182,10 +182,6 @@ func open(t *blk.Task, storage blk.Node, o Options) (*Node, error) {
 	if err := n.noteMetadata(t); err != nil {
 		return nil, err
 	}
-	// Tables are written in whole blocks.
-	if err := n.growStorage(t, roundUp(storage.Info().Size, n.clusterSize())); err != nil && !n.fixed.Load() {
-		return nil, err
-	}
 	if h.Autoclear&^autoclearKnown != 0 {
 		if err := n.writeHeader(t, func(h *Header) { h.Autoclear &= autoclearKnown }); err != nil {
 			return nil, err
@@ -266,10 +262,7 @@ func (n *Node) Do(t *blk.Task, r *blk.Request) error {
 	if err == nil && r.Flags&blk.FUA != 0 {
 		err = n.sync(t)
 	}
-	if err == nil && n.unclean.Load() > maxLimbo {
-		defer n.alloc.lock(t)()
-		_ = n.reclaim(t) // the next allocation tries again
-	}
+	n.tidy(t)
 	return err
 }
 

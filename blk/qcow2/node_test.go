@@ -639,24 +639,34 @@ func TestPowerCut(t *testing.T) {
 			mustDo(t, d, &blk.Request{Op: blk.OpFlush})
 			n := reserveLittle(mustOpen(t, d, Options{Name: "test", Backing: base}))
 			first := d.Points()
-			h := history{t: t, d: d, sectors: make([][]version, 1<<20/512)}
+			h := &history{t: t, d: d, sectors: make([][]version, 1<<20/512)}
 			for i := range h.sectors {
 				h.sectors[i] = []version{{first, first, start[i*512 : i*512+512]}}
 			}
-			for range 120 {
-				off, l := rng.Int64N(256)*512, (1+rng.Int64N(40))*512
-				switch rng.IntN(10) {
-				case 0, 1:
-					mustDo(t, n, &blk.Request{Op: blk.OpFlush})
-					h.flushed = append(h.flushed, d.Points())
-				case 2, 3:
-					h.change(n, blk.OpDiscard, off, make([]byte, l))
-				case 4:
-					h.change(n, blk.OpWriteZeroes, off, make([]byte, l))
-				default:
-					h.change(n, blk.OpWrite, off, pattern(rng.Uint64(), int(l)))
+			work := func(rng *rand.Rand, w, workers int64, steps int) {
+				for range steps {
+					// Ranges of 10 KiB; each worker has some, so that neighbours share clusters.
+					off := (rng.Int64N(25)*workers+w)*10240/workers&^511 + rng.Int64N(4)*512
+					l := min((1+rng.Int64N(40))*512, (10240/workers&^511)-2048)
+					switch rng.IntN(10) {
+					case 0, 1:
+						h.flush(n)
+					case 2, 3:
+						h.change(n, blk.OpDiscard, off, make([]byte, l))
+					case 4:
+						h.change(n, blk.OpWriteZeroes, off, make([]byte, l))
+					default:
+						h.change(n, blk.OpWrite, off, pattern(rng.Uint64(), int(l)))
+					}
 				}
 			}
+			work(rng, 0, 1, 100)
+			var wg sync.WaitGroup
+			for w := range int64(3) {
+				wg.Go(func() { work(rand.New(rand.NewPCG(seed, uint64(w)+2)), w, 3, 60) })
+			}
+			wg.Wait()
+			h.killed(d.Bytes(), base)
 			cuts := 150
 			if testing.Short() {
 				cuts = 20
@@ -673,16 +683,29 @@ func TestPowerCut(t *testing.T) {
 
 // history is what a disk held when.
 type history struct {
+	mu      sync.Mutex
 	t       *testing.T
 	d       *blktest.CrashDisk
 	sectors [][]version
-	flushed []int // points at which a flush had returned
+	flushed []flushed
 }
+
+// flushed is a flush that was asked for at one point and had returned at another.
+type flushed struct{ begin, end int }
 
 // version is contents that were being written between two points.
 type version struct {
 	begin, end int
 	data       []byte
+}
+
+func (h *history) flush(n blk.Node) {
+	h.t.Helper()
+	begin := h.d.Points()
+	mustDo(h.t, n, &blk.Request{Op: blk.OpFlush})
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.flushed = append(h.flushed, flushed{begin, h.d.Points()})
 }
 
 func (h *history) change(n blk.Node, op blk.Op, off int64, b []byte) {
@@ -693,12 +716,29 @@ func (h *history) change(n blk.Node, op blk.Op, off int64, b []byte) {
 		r.Data = blk.BytesVec(nil, b)
 	}
 	mustDo(h.t, n, r)
+	end := h.d.Points()
 	if op == blk.OpDiscard {
 		mustDo(h.t, n, &blk.Request{Op: blk.OpRead, Off: off, Len: int64(len(b)), Data: blk.BytesVec(nil, b)})
 	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	for i := range len(b) / 512 {
 		s := &h.sectors[int(off)/512+i]
-		*s = append(*s, version{begin, h.d.Points(), b[i*512 : i*512+512]})
+		*s = append(*s, version{begin, end, b[i*512 : i*512+512]})
+	}
+}
+
+// killed opens what the storage has got: all that was acknowledged is there, flushed or not.
+func (h *history) killed(image []byte, base blk.Node) {
+	h.t.Helper()
+	checkClean(h.t, image, true)
+	m := blktest.NewMemory(int64(len(image)))
+	fillDisk(h.t, m, image)
+	got := readAll(h.t, mustOpen(h.t, m, Options{Name: "test", Backing: base, ReadOnly: true}))
+	for i, v := range h.sectors {
+		if !bytes.Equal(v[len(v)-1].data, got[i*512:i*512+512]) {
+			h.t.Fatalf("killed: sector %d holds %x…", i, got[i*512:i*512+8])
+		}
 	}
 }
 
@@ -710,8 +750,8 @@ func (h *history) check(at int, left *blktest.CrashDisk, base blk.Node) {
 	got := readAll(h.t, n)
 	flushed := 0
 	for _, f := range h.flushed {
-		if f <= at {
-			flushed = f
+		if f.end <= at {
+			flushed = max(flushed, f.begin)
 		}
 	}
 	for i, versions := range h.sectors {

@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"sync/atomic"
@@ -136,11 +137,20 @@ func (n *Node) noteMetadata(t *blk.Task) error {
 		}
 		note(int64(e), 1)
 	}
+	tables := map[int64]struct{}{}
 	for i := range n.l1.Load().entries {
-		if e := n.l1.Load().entry(int64(i)); e != 0 {
-			note(e.offset(), 1)
+		e := n.l1.Load().entry(int64(i))
+		if e == 0 || e&damaged != 0 {
+			continue
 		}
+		c := e.offset() >> n.clusterBits
+		_, other := n.metadata[c]
+		if _, twice := tables[c]; other || twice && e.copied() {
+			return invalid("the L2 table at %#x overlaps other metadata", e.offset())
+		}
+		tables[c] = struct{}{}
 	}
+	maps.Copy(n.metadata, tables)
 	snapshots, size, err := readSnapshots(t, n.storage, h)
 	if err != nil {
 		return err
@@ -200,6 +210,15 @@ func (n *Node) release(runs ...refRun) {
 		n.limbo = append(n.limbo, r)
 		n.unclean.Add(1)
 	}
+}
+
+// tidy reclaims if much is waiting for it. If that fails, the next allocation tries again.
+func (n *Node) tidy(t *blk.Task) {
+	if n.unclean.Load() <= maxLimbo || n.corrupt.Load() {
+		return
+	}
+	defer n.alloc.lock(t)()
+	_ = n.reclaim(t)
 }
 
 // reclaim drops the counts of what is in the limbo. Under Node.alloc.
@@ -417,7 +436,7 @@ func (n *Node) claim(t *blk.Task, start, count, limit int64) (run, error) {
 	if err := n.notMetadata(t, start, end-start); err != nil {
 		return run{}, err
 	}
-	old := n.storage.Info().Size >> n.clusterBits
+	old := roundUp(n.storage.Info().Size, n.clusterSize()) >> n.clusterBits
 	if err := n.growStorage(t, end<<n.clusterBits); err != nil {
 		return run{}, err
 	}

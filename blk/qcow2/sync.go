@@ -86,6 +86,10 @@ func (n *Node) flush(t *blk.Task) error {
 
 // writeMeta writes metadata. It counts as not durable until the next flush.
 func (n *Node) writeMeta(t *blk.Task, b []byte, off int64) error {
+	// Tables are written in whole blocks, and the file may end before the last one does.
+	if err := n.growStorage(t, off+int64(len(b))); err != nil {
+		return err
+	}
 	err := blk.Do(t, n.storage, &blk.Request{
 		Op: blk.OpWrite, Off: off, Len: int64(len(b)), Data: blk.BytesVec(nil, b),
 	})
