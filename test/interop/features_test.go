@@ -162,11 +162,13 @@ func TestOverlay(t *testing.T) {
 	// And we put one under it again. What the image does not hold shows it; it was zeros.
 	base := filepath.Join(filepath.Dir(path), "zeros")
 	run(t, "", "qemu-img", "create", "-q", "-f", "raw", base, "1M")
-	if err := n.SetBacking(blk.NewTask(), openFile(t, base, true), "zeros", "raw"); err != nil {
+	zeros := openFile(t, base, true)
+	if err := n.SetBacking(blk.NewTask(), zeros, "zeros", "raw"); err != nil {
 		t.Fatal(err)
 	}
 	m.onOurs(t, rng, n, 20)
 	closeNode(t, n)
+	closeNode(t, zeros)
 	mustBeClean(t, path)
 	mustEqual(t, "over zeros", readWithQEMU(t, path, ""), m.data)
 	if got := run(t, "", "qemu-img", "info", path); !strings.Contains(got, "backing file: zeros") || !strings.Contains(got, "backing file format: raw") {
