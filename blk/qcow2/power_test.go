@@ -138,8 +138,8 @@ func scenes() []scene {
 		// A refcount block has room for 64 counts, the table for 64 blocks: it grows at 2 MiB.
 		{
 			name:    "growth of the refcount table",
-			o:       qcow2.CreateOptions{Size: 1900 << 10, ClusterSize: 512, RefcountBits: 64, Preallocation: "metadata"},
-			workers: 1, ops: 60, grow: 1, flushRate: 20, kinds: []kind{write},
+			o:       qcow2.CreateOptions{Size: 1960 << 10, ClusterSize: 512, RefcountBits: 64, Preallocation: "metadata"},
+			workers: 1, ops: 140, grow: 1, flushRate: 20, kinds: []kind{write},
 			reached: func(a, b *qcow2.Header) bool { return b.RefTableClusters > a.RefTableClusters },
 		},
 		{
@@ -214,7 +214,7 @@ func (s *scene) prepare(t *testing.T, rng *rand.Rand) (*blktest.CrashDisk, blk.N
 	if err := qcow2.Create(blk.NewTask(), image, s.o); err != nil {
 		t.Fatal(err)
 	}
-	n := open(t, image, qcow2.Options{Backing: base})
+	n := qcow2.ReserveLittle(open(t, image, qcow2.Options{Backing: base}))
 	if s.packed {
 		s.pack(t, rng, n)
 	}
