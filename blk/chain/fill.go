@@ -116,6 +116,7 @@ func (m *maker) classify(x blk.Extent, i int, rel int64) entry {
 		if at := x.HostOff + rel; x.Host != nil && fitsEntry(at) && m.n.pages.host(m.id(i), x.Host) {
 			return hostEntry(m.id(i), at)
 		}
+	default: // only the layer can read it
 	}
 	return newEntry(kindLayer, m.id(i))
 }
