@@ -77,8 +77,8 @@ func TestFaultsEverywhere(t *testing.T) {
 						t.Logf("%d operations", at)
 						return
 					}
-					if at += 1; testing.Short() {
-						at += 12
+					if at++; testing.Short() {
+						at += int64(s.faultyOps()) / 3
 					}
 				}
 			})
