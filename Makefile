@@ -11,7 +11,7 @@ SOAKTIME ?= 10m
 TESTFLAGS = -count=1 -timeout 15m
 
 .DEFAULT_GOAL := help
-.PHONY: help build test setup check unit race e2e lint fuzz bench demo soak clean
+.PHONY: help build test setup check unit race e2e interop lint fuzz bench demo soak clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ race: ## the same under the race detector, where there is concurrency
 
 e2e: ## Linux guests under QEMU against the real daemon
 	$(GO) test $(TESTFLAGS) -p 1 ./test/guest ./test/e2e
+
+interop: setup ## images against QEMU, the whole option matrix (30 minutes)
+	INTEROP=full $(GO) test -count=1 -timeout 2h ./test/interop
 
 lint: check ## check, and golangci-lint
 	golangci-lint run

@@ -112,6 +112,9 @@ func small(refcountBits int) CreateOptions {
 }
 
 func TestDamage(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long, and nothing in it happens at once")
+	}
 	for _, d := range damages {
 		for _, refcountBits := range []int{2, 16, 64} {
 			for _, window := range []int64{1, checkWindow} {
@@ -193,6 +196,9 @@ func assertLowered(t *testing.T, before *anImage, now []byte) {
 
 // TestRepairCrash: after a power cut anywhere in a repair, another repair ends well.
 func TestRepairCrash(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long, and nothing in it happens at once")
+	}
 	rng := rand.New(rand.NewPCG(7, 7))
 	for _, d := range damages {
 		if d.stays {
@@ -250,6 +256,9 @@ func must(r CheckResult, err error) CheckResult {
 
 // TestRepairFaults: an error of the storage ends a repair with that error, and the next one repairs.
 func TestRepairFaults(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long, and nothing in it happens at once")
+	}
 	for _, name := range []string{"no refcount block", "count of a data cluster too low", "a cluster twice", "dirty"} {
 		for _, d := range damages {
 			if d.name != name {
@@ -360,6 +369,20 @@ func TestCounts(t *testing.T) {
 		}
 	}
 	if err := c.add(maxMany, countMany); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("error %v", err)
+	}
+}
+
+// TestCheckEndless: a file that claims to be enormous is refused, and not walked over for years.
+func TestCheckEndless(t *testing.T) {
+	s := newSparse()
+	if err := Create(blk.NewTask(), s, CreateOptions{Size: 1 << 20, ClusterSize: 512}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Resize(blk.NewTask(), 1<<60, false); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Check(blk.NewTask(), s, RepairNone); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("error %v", err)
 	}
 }
