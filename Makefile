@@ -10,14 +10,35 @@ SOAKTIME ?= 10m
 # A test that talks to a guest or a disk has no result worth caching.
 TESTFLAGS = -count=1 -timeout 15m
 
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+# Where install puts things; DESTDIR stands before all of it.
+PREFIX ?= /usr/local
+DESTDIR ?=
+# Pinned: another version finds other things.
+LINT_VERSION = v2.15.0
+LINT = $(or $(BLKSTREAM_CACHE),$(CURDIR)/.cache)/bin/golangci-lint-$(LINT_VERSION)
+
 .DEFAULT_GOAL := help
-.PHONY: help build test setup check unit race e2e interop lint fuzz bench demo soak clean
+.PHONY: help build install test setup check fmt unit race e2e interop lint fuzz bench demo soak clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## the two programs, static, into bin/
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o bin/ ./cmd/...
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
+
+install: build ## programs, man pages, shell completions, systemd unit; into $(DESTDIR)$(PREFIX)
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin sbin share/man/man1 share/man/man5 share/man/man8 lib/systemd/system \
+	  share/bash-completion/completions share/zsh/site-functions share/fish/vendor_completions.d)
+	install -m 755 bin/blkstream $(DESTDIR)$(PREFIX)/bin/
+	install -m 755 bin/blkstreamd $(DESTDIR)$(PREFIX)/sbin/
+	install -m 644 cmd/blkstream/*.1 $(DESTDIR)$(PREFIX)/share/man/man1/
+	install -m 644 config/blkstream.toml.5 $(DESTDIR)$(PREFIX)/share/man/man5/
+	install -m 644 cmd/blkstreamd/blkstreamd.8 $(DESTDIR)$(PREFIX)/share/man/man8/
+	sed 's|@sbindir@|$(PREFIX)/sbin|' dist/blkstreamd.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/blkstreamd.service
+	bin/blkstream completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/blkstream
+	bin/blkstream completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_blkstream
+	bin/blkstream completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/blkstream.fish
 
 test: setup ## everything that a change must pass (installs what tests need, by apt)
 	$(MAKE) check
@@ -28,7 +49,7 @@ test: setup ## everything that a change must pass (installs what tests need, by 
 setup: ## QEMU, a guest kernel and tools for the tests
 	scripts/setup-test.sh
 
-check: ## format, go vet, import rules
+check: lint ## format, go vet, golangci-lint, import rules
 	@bad=$$(gofmt -l $(SOURCES)); [ -z "$$bad" ] || { echo "not formatted (gofmt -w): $$bad"; exit 1; }
 	$(GO) vet ./...
 	$(GO) test -count=1 ./test/arch
@@ -45,8 +66,17 @@ e2e: ## Linux guests under QEMU against the real daemon
 interop: setup ## images against QEMU, the whole option matrix (30 minutes)
 	INTEROP=full $(GO) test -count=1 -timeout 2h ./test/interop
 
-lint: check ## check, and golangci-lint
-	golangci-lint run
+lint: $(LINT) ## golangci-lint, built from the Go module proxy when it is missing
+	$(LINT) run
+
+fmt: $(LINT) ## format the sources
+	$(LINT) fmt
+
+$(LINT):
+	mkdir -p $(@D)
+	tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
+	  GOBIN=$$tmp $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(LINT_VERSION) && \
+	  mv "$$tmp/golangci-lint" $@
 
 fuzz: ## every fuzz target for FUZZTIME (default 30s)
 	@set -e; for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u); do \
@@ -54,7 +84,7 @@ fuzz: ## every fuzz target for FUZZTIME (default 30s)
 	    echo "$$pkg $$f"; $(GO) test $$pkg -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME); \
 	  done; done
 
-bench: setup ## the table beside qemu-storage-daemon, as ratios (15 minutes of an idle machine)
+bench: setup ## the table beside qemu-storage-daemon and dd, as ratios (30 minutes of an idle machine)
 	$(GO) run ./test/compare
 
 demo: setup build ## copy the disk of a running guest, and switch it

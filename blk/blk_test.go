@@ -414,14 +414,16 @@ func TestDo(t *testing.T) {
 
 // queue is a source for TestChange.
 type queue struct {
-	meter  Meter
-	fail   error
-	hang   bool
-	paused atomic.Int32
+	meter    Meter
+	fail     error
+	hang     bool
+	paused   atomic.Int32
+	barriers atomic.Int32
 }
 
 func (q *queue) Meter() *Meter { return &q.meter }
 func (q *queue) Resume()       { q.paused.Add(-1) }
+func (q *queue) Barrier()      { q.barriers.Add(1) }
 func (q *queue) Pause(ctx context.Context) error {
 	if q.hang {
 		<-ctx.Done()

@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -16,6 +18,9 @@ type Source interface {
 	// Pause stops issuing and waits until nothing is in flight. On an error the source goes on.
 	Pause(ctx context.Context) error
 	Resume()
+	// Barrier returns when every host I/O that the source itself began before, on extents that TryMap gave it, has
+	// ended. It may block, and is never called by a task of the source itself.
+	Barrier()
 	Meter() *Meter
 }
 
@@ -31,10 +36,12 @@ type Meter struct {
 // Graph is the stack of nodes under one disk, and the only way to change it. Sources read Root without a lock: it
 // changes only while they are all paused, and pausing and resuming order the accesses.
 type Graph struct {
-	mu      sync.Mutex // serialises changes, and Attach and Detach against them
-	root    Node
-	sources map[Source]struct{}
-	timed   int
+	mu    sync.Mutex // serialises changes, and Attach and Detach against them
+	root  Node
+	timed int
+
+	sourcesMu sync.Mutex // after mu; changing sources needs both
+	sources   map[Source]struct{}
 }
 
 // NewGraph returns a graph with the given root.
@@ -57,6 +64,8 @@ func (g *Graph) Attach(src Source) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	src.Meter().Timed.Store(g.timed > 0)
+	g.sourcesMu.Lock()
+	defer g.sourcesMu.Unlock()
 	g.sources[src] = struct{}{}
 }
 
@@ -64,7 +73,24 @@ func (g *Graph) Attach(src Source) {
 func (g *Graph) Detach(src Source) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.sourcesMu.Lock()
+	defer g.sourcesMu.Unlock()
 	delete(g.sources, src)
+}
+
+// Barrier waits until every host I/O has ended that a source began, before now, on an extent that TryMap gave it: what
+// such an extent pointed to may then be used for something else. It does not need mu, since the request that waits may
+// be one that a Change waits for.
+func (g *Graph) Barrier(t *Task) error {
+	return t.Off(func() error {
+		g.sourcesMu.Lock()
+		sources := slices.Collect(maps.Keys(g.sources))
+		g.sourcesMu.Unlock()
+		for _, s := range sources {
+			s.Barrier()
+		}
+		return nil
+	})
 }
 
 // Time switches the sources' request times on or off; calls nest.

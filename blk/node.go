@@ -8,7 +8,7 @@
 // code that may wait; it runs in a Task. Formats and filters are packages of their own below this one and meet
 // only through Node.
 //
-// Locks, in the order in which they may be taken: Graph.mu, RangeLock ranges, RangeLock.mu. A mutex is never held
+// Locks, in the order in which they may be taken: Graph.mu, Graph.sourcesMu, RangeLock ranges, RangeLock.mu. A mutex is never held
 // over I/O; a range may be.
 package blk
 
@@ -79,7 +79,7 @@ const (
 type Extent struct {
 	Len      int64
 	State    State
-	Depth    uint8     // backing layers below the node that was asked
+	Depth    uint16    // backing layers below the node that was asked
 	Writable bool      // the bytes may be overwritten in place at Host, HostOff
 	Host     *HostFile // nil: not directly addressable
 	HostOff  int64

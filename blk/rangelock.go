@@ -46,18 +46,18 @@ func (l *RangeLock) Unlock(r *Range) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for i := 0; i < len(l.list); i++ {
-		switch o := l.list[i]; {
-		case o == r:
-			l.list = append(l.list[:i], l.list[i+1:]...)
-			// Only those that came later waited for r.
-			for _, o := range l.list[i:] {
-				if o.overlaps(r) {
-					if o.before--; o.before == 0 {
-						o.task.unpark()
-					}
+		if l.list[i] != r {
+			continue
+		}
+		l.list = append(l.list[:i], l.list[i+1:]...)
+		// Only those that came later waited for r.
+		for _, o := range l.list[i:] {
+			if o.overlaps(r) {
+				if o.before--; o.before == 0 {
+					o.task.unpark()
 				}
 			}
-			return
 		}
+		return
 	}
 }

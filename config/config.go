@@ -26,7 +26,11 @@ const (
 	DefaultQueues    = 1
 	DefaultQueueSize = 256
 	DefaultCache     = "none"
+	DefaultLock      = "always"
 	DefaultBlockSize = 512
+	DefaultPollUS    = 32 // as QEMU's iothreads
+	// DefaultMetadataCache holds the L2 tables of 1 TiB in clusters of 64 KiB, and more than a few refcount blocks.
+	DefaultMetadataCache = 144 << 20
 )
 
 // maxFileSize bounds the memory that a file can make the TOML library use.
@@ -53,20 +57,32 @@ type Daemon struct {
 // Disk is a [[disk]] table. A disk that is made elsewhere (from flags, or at
 // run time) starts from NewDisk, which knows the defaults.
 type Disk struct {
-	ID         string
-	Socket     string // absolute path, or "fd:N"
-	Image      string // absolute path
-	Format     string // never probed
+	ID     string
+	Socket string // absolute path, or "fd:N"
+	Image  string // absolute path
+	Format string // never probed
+	// Backing names the images behind the first one, the nearest first, in place of what the images say. Behind the
+	// last one that is given their own names count.
+	Backing    []Layer
 	ReadOnly   bool
 	Queues     int    // 1 to 64
 	QueueSize  int    // power of two, 2 to 1024
 	Cache      string // none, writeback, writethrough, unsafe
+	Lock       string // always, running
 	BlockSize  int    // 512 or 4096
 	Serial     string // at most 20 printable ASCII characters
 	Discard    bool
 	CopyOnRead bool
-	PollUS     int // busy-poll this many microseconds before sleeping, up to a second
+	PollUS     int // most microseconds that a queue without work busy-polls before it sleeps, up to a second; 0: none
 	Throttle   Throttle
+
+	MetadataCache int64 // most bytes of memory for the tables of the disk's images
+}
+
+// Layer names an image of a chain. An empty field leaves what the image in front says.
+type Layer struct {
+	Image  string // absolute path
+	Format string
 }
 
 // Throttle limits a disk; zero means no limit.
@@ -81,8 +97,12 @@ func NewDisk() Disk {
 		Queues:    DefaultQueues,
 		QueueSize: DefaultQueueSize,
 		Cache:     DefaultCache,
+		Lock:      DefaultLock,
 		BlockSize: DefaultBlockSize,
 		Discard:   true,
+		PollUS:    DefaultPollUS,
+
+		MetadataCache: DefaultMetadataCache,
 	}
 }
 

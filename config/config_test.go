@@ -28,11 +28,13 @@ read_only = true
 queues = 2
 queue_size = 1024
 cache = "writeback"
+lock = "running"
 block_size = "4K"
 serial = "vm1-root"
 discard = false
 copy_on_read = false
 poll_us = 50
+metadata_cache = "16M"
 [disk.throttle]
 iops = 0
 bytes_per_second = "0"
@@ -41,7 +43,8 @@ bytes_per_second = "0"
 id = "disk1"
 socket = "fd:3"
 image = "/var/lib/images/vm2.img"
-format = "raw"
+format = "qcow2"
+backing = [{ image = "/b", format = "qcow2" }, { format = "raw" }]
 `
 
 func TestParse(t *testing.T) {
@@ -51,11 +54,12 @@ func TestParse(t *testing.T) {
 	}
 	want := []Disk{{
 		ID: "disk0", Socket: "/run/b/disk0.sock", Image: "/var/lib/images/vm1.img", Format: "raw",
-		ReadOnly: true, Queues: 2, QueueSize: 1024, Cache: "writeback", BlockSize: 4096,
-		Serial: "vm1-root", Discard: false, PollUS: 50,
+		ReadOnly: true, Queues: 2, QueueSize: 1024, Cache: "writeback", Lock: "running", BlockSize: 4096,
+		Serial: "vm1-root", Discard: false, PollUS: 50, MetadataCache: 16 << 20,
 	}, {
-		ID: "disk1", Socket: "fd:3", Image: "/var/lib/images/vm2.img", Format: "raw",
-		Queues: 1, QueueSize: 256, Cache: "none", BlockSize: 512, Discard: true,
+		ID: "disk1", Socket: "fd:3", Image: "/var/lib/images/vm2.img", Format: "qcow2",
+		Queues: 1, QueueSize: 256, Cache: "none", Lock: "always", BlockSize: 512, Discard: true, PollUS: 32, MetadataCache: DefaultMetadataCache,
+		Backing: []Layer{{Image: "/b", Format: "qcow2"}, {Format: "raw"}},
 	}}
 	if !reflect.DeepEqual(f.Disks, want) {
 		t.Errorf("disks:\n got %+v\nwant %+v", f.Disks, want)
@@ -63,7 +67,7 @@ func TestParse(t *testing.T) {
 	if f.Path != "b.toml" || f.Daemon.Control != "/run/b/control.sock" || f.Daemon.StateDir != "/var/lib/b" {
 		t.Errorf("file: %+v", f)
 	}
-	for id, line := range map[string]int{"disk0": 10, "disk1": 28, "disk2": 0} {
+	for id, line := range map[string]int{"disk0": 10, "disk1": 30, "disk2": 0} {
 		if got := f.ImageLine(id); got != line {
 			t.Errorf("ImageLine(%s) = %d, want %d", id, got, line)
 		}
@@ -86,6 +90,19 @@ socket = "/s"
 image = "/i"
 format = "raw"
 `
+
+// Polling that was switched off is something else than polling that nobody spoke of.
+func TestPolling(t *testing.T) {
+	for doc, want := range map[string]int{minimal: DefaultPollUS, minimal + "poll_us = 0\n": 0, minimal + "poll_us = 1\n": 1} {
+		f, err := Parse("b.toml", []byte(doc))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := f.Disks[0].PollUS; got != want {
+			t.Errorf("%s: polls for %d µs, want %d", doc, got, want)
+		}
+	}
+}
 
 func TestParseErrors(t *testing.T) {
 	long := "/" + strings.Repeat("x", maxSocketPath)
@@ -128,6 +145,8 @@ f:2: disk number 1: format: missing; it is never guessed: give one of raw, qcow2
 		{"no queues", minimal + "queues = 0", `f:6: disk "a": queues: 0: want 1 to 64`},
 		{"queue size", minimal + "queue_size = 300", `f:6: disk "a": queue_size: 300: want a power of two, 2 to 1024`},
 		{"cache", minimal + "cache = 'directsync'", `f:6: disk "a": cache: "directsync": want one of none, writeback, writethrough, unsafe`},
+		{"lock", minimal + "lock = 'never'", `f:6: disk "a": lock: "never": want one of always, running`},
+		{"lock and cache", minimal + "lock = 'running'\ncache = 'writeback'", `f:6: disk "a": lock: "running" needs cache = "none": another host does not see this one's page cache`},
 		{"block size", minimal + "block_size = 1024", `f:6: disk "a": block_size: 1024: want 512 or 4096`},
 		{"serial", minimal + "serial = '123456789012345678901'", `f:6: disk "a": serial: "123456789012345678901": want at most 20 printable ASCII characters`},
 		{"poll", minimal + "poll_us = -1", `f:6: disk "a": poll_us: -1: want 0 to 1000000`},
@@ -141,7 +160,15 @@ f:7: disk "a": queues: 0: want 1 to 64`},
 
 		{"metrics", "[daemon]\nmetrics = 'localhost:1'", `f:2: daemon: metrics: metrics is not supported yet`},
 		{"copy on read", minimal + "copy_on_read = true", `f:6: disk "a": copy_on_read: copy_on_read is not supported yet`},
-		{"qcow2", strings.Replace(minimal, "raw", "qcow2", 1), `f:5: disk "a": format: qcow2 is not supported yet`},
+		{"add-cow", strings.Replace(minimal, "raw", "add-cow", 1), `f:5: disk "a": format: add-cow is not supported yet`},
+		{"backing of raw", minimal + "backing = [{ image = '/b', format = 'raw' }]", `f:6: disk "a": backing: a raw image has none`},
+		{
+			"backing", strings.Replace(minimal, "raw", "qcow2", 1) + "backing = [{ image = '/b' }, { image = 'c', format = 'x' }]",
+			`f:6: disk "a": backing number 2: image: "c" is not an absolute path
+f:6: disk "a": backing number 2: format: "x": want raw or qcow2`,
+		},
+		{"backing key", strings.Replace(minimal, "raw", "qcow2", 1) + "backing = [{ file = '/b', image = '/b' }]", `f:6: disk "a": backing number 1: file: unknown key`},
+		{"cache size", minimal + "metadata_cache = '4K'", `f:6: disk "a": metadata_cache: 4096: want at least 1048576`},
 		{"nbd", strings.Replace(minimal, "/i", "nbd://host/x", 1), `f:4: disk "a": image: an image that is not a file is not supported yet`},
 		{"iops", minimal + "[disk.throttle]\niops = 100", `f:7: disk "a": throttle.iops: throttle is not supported yet`},
 		{"bytes", minimal + "[disk.throttle]\n\nbytes_per_second = '50M'", `f:8: disk "a": throttle.bytes_per_second: throttle is not supported yet`},

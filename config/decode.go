@@ -71,10 +71,21 @@ func (t *table) disk(daemon *Daemon, sockets map[string]string, imageLines map[s
 	t.string("socket", &disk.Socket)
 	t.string("image", &disk.Image)
 	t.string("format", &disk.Format)
+	for i, b := range t.tables("backing") {
+		b.label, b.prefix = t.label, fmt.Sprintf("backing number %d: ", i+1)
+		var l Layer
+		b.string("image", &l.Image)
+		b.string("format", &l.Format)
+		b.unknown()
+		b.report(l.problems())
+		disk.Backing = append(disk.Backing, l)
+	}
+	t.size("metadata_cache", &disk.MetadataCache)
 	t.bool("read_only", &disk.ReadOnly)
 	t.int("queues", &disk.Queues)
 	t.int("queue_size", &disk.QueueSize)
 	t.string("cache", &disk.Cache)
+	t.string("lock", &disk.Lock)
 	t.intSize("block_size", &disk.BlockSize)
 	t.string("serial", &disk.Serial)
 	t.bool("discard", &disk.Discard)
@@ -261,7 +272,7 @@ func (t *table) tables(key string) []table {
 			list = append(list, m)
 		}
 	} else {
-		take(t, key, "an array of tables, [[disk]]", &list)
+		take(t, key, "an array of tables, [["+key+"]]", &list)
 	}
 	subs := make([]table, len(list))
 	for i, m := range list {

@@ -14,17 +14,20 @@ import (
 )
 
 const (
-	maxQueues     = 64
-	maxQueueSize  = 1024
-	maxSerial     = 20 // VIRTIO_BLK_ID_BYTES, virtio 1.2 section 5.2.6
-	maxPollUS     = 1_000_000
-	maxID         = 64
-	maxSocketPath = 107 // sun_path without its terminating zero, unix(7)
+	maxQueues    = 64
+	maxQueueSize = 1024
+	maxSerial    = 20 // VIRTIO_BLK_ID_BYTES, virtio 1.2 section 5.2.6
+	maxPollUS    = 1_000_000
+	maxID        = 64
+
+	minMetadataCache = 1 << 20
+	maxSocketPath    = 107 // sun_path without its terminating zero, unix(7)
 )
 
 var (
 	formats    = []string{"raw", "qcow2", "add-cow"}
 	caches     = []string{"none", "writeback", "writethrough", "unsafe"}
+	locks      = []string{"always", "running"}
 	blockSizes = []int{512, 4096}
 )
 
@@ -39,7 +42,7 @@ var notYet = []struct {
 	{key: "metrics", daemon: func(d *Daemon) string { return when(d.Metrics != "", "metrics") }},
 	{key: "image", disk: func(d *Disk) string { return when(isURL(d.Image), "an image that is not a file") }},
 	{key: "format", disk: func(d *Disk) string {
-		return when(slices.Contains(formats, d.Format) && d.Format != "raw", d.Format)
+		return when(d.Format == "add-cow", d.Format)
 	}},
 	{key: "copy_on_read", disk: func(d *Disk) string { return when(d.CopyOnRead, "copy_on_read") }},
 	{key: "throttle.iops", disk: func(d *Disk) string { return when(d.Throttle.IOPS > 0, "throttle") }},
@@ -128,6 +131,12 @@ func (d *Disk) problems() []problem {
 	} else if !slices.Contains(formats, d.Format) {
 		p.addf("format", "%q: want one of %s", d.Format, strings.Join(formats, ", "))
 	}
+	if len(d.Backing) > 0 && d.Format == "raw" {
+		p.addf("backing", "a raw image has none")
+	}
+	if d.MetadataCache < minMetadataCache {
+		p.addf("metadata_cache", "%d: want at least %d", d.MetadataCache, minMetadataCache)
+	}
 	if d.Queues < 1 || d.Queues > maxQueues {
 		p.addf("queues", "%d: want 1 to %d", d.Queues, maxQueues)
 	}
@@ -136,6 +145,14 @@ func (d *Disk) problems() []problem {
 	}
 	if !slices.Contains(caches, d.Cache) {
 		p.addf("cache", "%q: want one of %s", d.Cache, strings.Join(caches, ", "))
+	}
+	switch {
+	case !slices.Contains(locks, d.Lock):
+		p.addf("lock", "%q: want one of %s", d.Lock, strings.Join(locks, ", "))
+	case d.Lock == "running" && d.Format != "raw":
+		p.addf("lock", "\"running\" is for raw images: what is kept in memory of others would be out of date")
+	case d.Lock == "running" && d.Cache != "none" && !d.ReadOnly:
+		p.addf("lock", "\"running\" needs cache = \"none\": another host does not see this one's page cache")
 	}
 	if !slices.Contains(blockSizes, d.BlockSize) {
 		p.addf("block_size", "%d: want 512 or 4096", d.BlockSize)
@@ -159,6 +176,20 @@ func (d *Disk) problems() []problem {
 		if what := n.disk(d); what != "" {
 			p.addf(n.key, "%s is not supported yet", what)
 		}
+	}
+	return p
+}
+
+func (l *Layer) problems() []problem {
+	var p problems
+	if l.Image != "" && !filepath.IsAbs(l.Image) {
+		p.addf("image", "%q is not an absolute path", l.Image)
+	}
+	if l.Format != "" && l.Format != "raw" && l.Format != "qcow2" {
+		p.addf("format", "%q: want raw or qcow2", l.Format)
+	}
+	if l.Image == "" && l.Format == "" {
+		p.addf("image", "missing, and format too")
 	}
 	return p
 }

@@ -21,9 +21,12 @@ needed=(
   qemu-storage-daemon:"qemu-utils qemu-system-common"
   busybox:busybox-static nbdkit:nbdkit fio:fio modprobe:kmod xz:xz-utils
   e2fsck:e2fsprogs mke2fs:e2fsprogs
+  strace:strace mandoc:mandoc
   cc:"gcc libc6-dev" # the race detector
 )
 export PATH=$PATH:/usr/sbin:/sbin
+# apt downloads as its own user, who cannot write to our folder, and warns that it then does so as root.
+apt=(-qq -o APT::Sandbox::User=root)
 
 missing_packages() {
   local entry
@@ -50,7 +53,7 @@ updated=
 apt_update() {
   [ -n "$updated" ] && return
   command -v apt-get >/dev/null || die "needs apt-get (Debian bookworm or trixie); on another system install: $(missing_packages | xargs)"
-  as_root apt-get -qq update >&2 || die "apt-get update failed: is a Debian mirror reachable?"
+  as_root apt-get "${apt[@]}" update >&2 || die "apt-get update failed: is a Debian mirror reachable?"
   updated=yes
 }
 
@@ -61,7 +64,7 @@ install_packages() {
   apt_update
   say "installing $packages"
   # shellcheck disable=SC2086 # a list of words
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $packages >&2 ||
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get "${apt[@]}" install -y --no-install-recommends $packages >&2 ||
     die "apt-get install $packages failed"
   packages=$(missing_packages | xargs)
   [ -z "$packages" ] || die "still missing after the installation: $packages"
@@ -79,7 +82,7 @@ fetch_guest() {
   work=$(mktemp -d "$guest.XXXXXX")
   # shellcheck disable=SC2064 # expanded now: work is local
   trap "rm -rf '$work'" EXIT
-  (cd "$work" && apt-get -qq download "$package:amd64" >&2) || die "apt-get download $package failed"
+  (cd "$work" && apt-get "${apt[@]}" download "$package:amd64" >&2) || die "apt-get download $package failed"
   dpkg -x "$work"/linux-image-*.deb "$work/kernel"
   version=${package#linux-image-}
   # Where / and /usr are merged the modules may sit in either.

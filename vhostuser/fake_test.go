@@ -231,7 +231,6 @@ func (q *fakeQueue) mark() {
 type client struct {
 	t    testing.TB
 	c    *net.UnixConn
-	oob  []byte
 	done chan error // the end of the session
 	ack  bool       // set need_reply on what has no reply of its own, and expect 0
 }

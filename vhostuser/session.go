@@ -169,7 +169,9 @@ func (s *session) refuse(m *message, req request, err error) error {
 // answer sends the reply, or the acknowledgement if one was asked for.
 func (s *session) answer(m *message, result uint64) error {
 	if m.reply == nil {
-		if m.flags&flagNeedReply == 0 || s.protocol&protocolReplyAck == 0 {
+		// Whoever sets the flag waits, whether REPLY_ACK was negotiated in this session or in one before: QEMU keeps
+		// setting it after a reconnect of a device that has not been started yet.
+		if m.flags&flagNeedReply == 0 {
 			return nil
 		}
 		m.replyU64(result)

@@ -59,9 +59,11 @@ func NewDriver(cfg DriverConfig) (*Driver, error) {
 	if !aligned(r.avail, 4) {
 		return nil, fmt.Errorf("virtq: driver: avail ring at %#x: not aligned to 4", cfg.Avail)
 	}
-	d := &Driver{ring: r, cfg: cfg, mask: cfg.Size - 1, free: int(cfg.Size),
+	d := &Driver{
+		ring: r, cfg: cfg, mask: cfg.Size - 1, free: int(cfg.Size),
 		next: make([]uint16, cfg.Size), slots: make([]uint16, cfg.Size),
-		nextAvail: cfg.Base, availIdx: cfg.Base, lastUsed: cfg.Base}
+		nextAvail: cfg.Base, availIdx: cfg.Base, lastUsed: cfg.Base,
+	}
 	if cfg.TableLen > 0 {
 		d.tables, err = cfg.Mem.Bytes(cfg.Tables, uint64(cfg.Size)*uint64(cfg.TableLen)*descSize)
 		if err != nil {

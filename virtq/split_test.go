@@ -492,9 +492,20 @@ func TestCrossed(t *testing.T) {
 		event, now, before uint16
 		want               bool
 	}{
-		{0, 1, 0, true}, {1, 1, 0, false}, {0, 0, 0, false}, {5, 8, 5, true}, {7, 8, 5, true}, {8, 8, 5, false}, {4, 8, 5, false},
-		{65535, 0, 65535, true}, {0, 0, 65535, false}, {65534, 2, 65533, true}, {1, 2, 65533, true}, {2, 2, 65533, false},
-		{65532, 2, 65533, false}, {32768, 2, 65533, false},
+		{0, 1, 0, true},
+		{1, 1, 0, false},
+		{0, 0, 0, false},
+		{5, 8, 5, true},
+		{7, 8, 5, true},
+		{8, 8, 5, false},
+		{4, 8, 5, false},
+		{65535, 0, 65535, true},
+		{0, 0, 65535, false},
+		{65534, 2, 65533, true},
+		{1, 2, 65533, true},
+		{2, 2, 65533, false},
+		{65532, 2, 65533, false},
+		{32768, 2, 65533, false},
 	} {
 		if got := crossed(tc.event, tc.now, tc.before); got != tc.want {
 			t.Errorf("crossed(%d, %d, %d) = %v", tc.event, tc.now, tc.before, got)
@@ -603,8 +614,10 @@ func FuzzSplit(f *testing.F) {
 			clear(g.mem)
 		}
 		n := uint64(r.size)
-		cfg := SplitConfig{Mem: mem, Size: uint16(n), Desc: memAt, Avail: memAt + 16*n, Used: memAt + (18*n+9)&^3, Base: base,
-			EventIdx: features&1 != 0, Indirect: features&2 != 0}
+		cfg := SplitConfig{
+			Mem: mem, Size: uint16(n), Desc: memAt, Avail: memAt + 16*n, Used: memAt + (18*n+9)&^3, Base: base,
+			EventIdx: features&1 != 0, Indirect: features&2 != 0,
+		}
 		copy(mem.Regions()[0].mem, rings)
 		copy(r.at(tableAt, memAt+memSize-tableAt), table)
 		q := mustSplit(t, cfg)

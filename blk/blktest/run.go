@@ -187,6 +187,8 @@ func changeOn(d *disk, rng *rand.Rand, model []byte, op blk.Op, flags blk.Flags,
 		r.Data = v
 	case blk.OpWriteZeroes, blk.OpDiscard:
 		clear(part)
+	default:
+		return fmt.Errorf("%v changes nothing", op)
 	}
 	if err := d.do(r); err != nil {
 		return fmt.Errorf("%v flags %d of %d bytes at %d: %w", op, flags, n, off, err)

@@ -27,6 +27,7 @@ type Options struct {
 	ReadOnly bool
 	Direct   bool  // bypass the host's page cache, if the storage can; see Node.Warnings
 	NoSync   bool  // ignore flushes: the data is lost when the host dies
+	Unlocked bool  // no locks that keep writers out until Lock
 	Align    int64 // every write and zeroing is a multiple of this many bytes, a power of two; 0 is 1
 	// Grows: the file belongs to a format that makes it longer as it needs, so its length means nothing: it is filled
 	// up to whole blocks for direct I/O (of a file that is only read, zeros show there).
@@ -79,8 +80,7 @@ func Open(path string, o Options) (*Node, error) {
 		promise: max(o.Align, 1),
 	}
 	if err := n.setup(o); err != nil {
-		closeHost(fd)
-		return nil, err
+		return nil, errors.Join(err, closeHost(fd))
 	}
 	return n, nil
 }
@@ -90,7 +90,11 @@ func (n *Node) setup(o Options) error {
 	if o.Align < 0 || bits.OnesCount64(uint64(n.promise)) != 1 {
 		return fmt.Errorf("open image %q: alignment %d: %w", path, o.Align, blk.ErrInvalid)
 	}
-	if err := lockImage(n.host.Fd, path, !o.ReadOnly); err != nil {
+	if o.Unlocked {
+		if err := takeLock(n.host.Fd, usedBase+permRead); err != nil {
+			return fmt.Errorf("lock image %q: %w", path, err)
+		}
+	} else if err := lockImage(n.host.Fd, path, !o.ReadOnly); err != nil {
 		return err
 	}
 	size, sector, err := hostSize(n.host.Fd)
@@ -139,6 +143,19 @@ func (n *Node) setup(o Options) error {
 	})
 	return nil
 }
+
+// Lock takes the locks that Unlock gave up, or that Options.Unlocked left out. After an error (ErrInUse: somebody else
+// has them) there are none, and nobody may write through the node.
+func (n *Node) Lock() error {
+	err := lockImage(n.host.Fd, n.host.Path, !n.Info().ReadOnly)
+	if err != nil {
+		err = errors.Join(err, n.Unlock())
+	}
+	return err
+}
+
+// Unlock lets others open the image for writing. Nobody may write through the node until Lock.
+func (n *Node) Unlock() error { return unlockImage(n.host.Fd, n.host.Path) }
 
 // Warnings says what the user should know about the image that is not an error.
 func (n *Node) Warnings() []string { return n.warnings }

@@ -67,6 +67,17 @@ func takeLock(fd int, at int64) error {
 	return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l)
 }
 
+// unlockImage gives up all that lockImage takes, but for the right to read.
+func unlockImage(fd int, path string) error {
+	for _, at := range []int64{usedBase + permWrite, usedBase + permResize, unsharedBase + permWrite, unsharedBase + permResize} {
+		l := unix.Flock_t{Type: unix.F_UNLCK, Start: at, Len: 1}
+		if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l); err != nil {
+			return fmt.Errorf("unlock image %q: %w", path, err)
+		}
+	}
+	return nil
+}
+
 // checkLock fails if anyone else has a lock on the byte: an exclusive one of ours could not be had.
 func checkLock(fd int, path string, at int64, why string) error {
 	l := unix.Flock_t{Type: unix.F_WRLCK, Start: at, Len: 1}

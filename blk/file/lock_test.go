@@ -42,6 +42,32 @@ func TestLocksBetweenNodes(t *testing.T) {
 	}
 }
 
+// A node without locks is there beside a writer, and gets in when the writer has given up its own.
+func TestLockLater(t *testing.T) {
+	path := create(t, diskDir(t), 1<<20)
+	a := mustOpen(t, path, Options{})
+	defer a.Close()
+	b := mustOpen(t, path, Options{Unlocked: true})
+	defer b.Close()
+	if err := b.Lock(); !errors.Is(err, ErrInUse) {
+		t.Fatalf("lock beside a writer: %v", err)
+	}
+	// A lock that could not be had leaves nothing behind.
+	if err := errors.Join(a.Unlock(), a.Lock()); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(a.Unlock(), b.Lock()); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Lock(); !errors.Is(err, ErrInUse) {
+		t.Fatalf("lock beside a writer: %v", err)
+	}
+	if c, err := Open(path, Options{}); !errors.Is(err, ErrInUse) {
+		c.Close()
+		t.Fatalf("open beside a writer: %v", err)
+	}
+}
+
 // holdWithQEMU has path open in qemu-io until the test ends.
 func holdWithQEMU(t *testing.T, args ...string) {
 	t.Helper()

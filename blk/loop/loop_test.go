@@ -424,22 +424,29 @@ func TestPost(t *testing.T) {
 // A post that comes after the loop has looked at its mail, and before it sleeps, keeps it awake.
 func TestPostBeforeSleep(t *testing.T) {
 	engines(t, func(t *testing.T, opts Options) {
-		var l *Loop
-		done := make(chan struct{})
-		ask := false // the loop's thread alone
+		var (
+			l    *Loop
+			ask  bool // the loop's thread alone
+			done = make(chan struct{})
+		)
 		d := &driver{}
 		d.publish = func() {
+			// The turn has read its mail and goes to sleep next.
 			if ask {
 				ask = false
-				l.Post(func() { close(done) })
+				l.Post(func() { done <- struct{}{} })
 			}
 		}
 		l, _ = start(t, opts, d)
-		l.Post(func() { l.Post(func() {}); ask = true })
-		select {
-		case <-done:
-		case <-time.After(5 * time.Second):
-			t.Error("the loop sleeps over a post")
+		for range 20 {
+			l.Post(func() { ask = true })
+			select {
+			case <-done:
+			case <-time.After(5 * time.Second):
+				l.Post(func() {})
+				<-done
+				t.Fatal("the loop slept over a post")
+			}
 		}
 	})
 }
@@ -574,8 +581,19 @@ func TestAdapt(t *testing.T) {
 	us := time.Microsecond
 	l := &Loop{opts: Options{PollMax: 32 * us}}
 	for i, c := range []struct{ idle, want time.Duration }{
-		{10 * us, 4 * us}, {3 * us, 4 * us}, {10 * us, 8 * us}, {20 * us, 16 * us}, {30 * us, 32 * us}, {32 * us, 32 * us},
-		{33 * us, 0}, {time.Second, 0}, {us, 4 * us},
+		{10 * us, 0},
+		{10 * us, 4 * us},
+		{3 * us, 4 * us},
+		{10 * us, 8 * us},
+		{20 * us, 16 * us},
+		{30 * us, 32 * us},
+		{32 * us, 32 * us},
+		{33 * us, 0},
+		{time.Second, 0},
+		{us, 0},
+		{33 * us, 0},
+		{us, 0},
+		{us, 4 * us},
 	} {
 		if l.adapt(c.idle); l.pollFor != c.want {
 			t.Errorf("step %d: idle for %v: polls for %v, want %v", i, c.idle, l.pollFor, c.want)

@@ -60,6 +60,11 @@ func (b *ringBackend) start(o *blk.IO) {
 }
 
 func (b *ringBackend) submit() error {
+	b.rearmPolls()
+	return b.ring.Submit(false)
+}
+
+func (b *ringBackend) rearmPolls() {
 	for len(b.rearm) > 0 && b.ring.Space() > 0 {
 		tag := b.rearm[len(b.rearm)-1]
 		b.rearm = b.rearm[:len(b.rearm)-1]
@@ -70,7 +75,6 @@ func (b *ringBackend) submit() error {
 			b.ring.PollMultishot(b.kickFd, tag)
 		}
 	}
-	return b.ring.Submit(false)
 }
 
 func (b *ringBackend) reap(l *Loop) bool {
@@ -92,8 +96,11 @@ func (b *ringBackend) reap(l *Loop) bool {
 	return any
 }
 
-func (b *ringBackend) ready() bool  { return b.ring.Ready() }
-func (b *ringBackend) sleep() error { return b.ring.Submit(true) }
+func (b *ringBackend) ready() bool { return b.ring.Ready() }
+func (b *ringBackend) sleep() error {
+	b.rearmPolls()
+	return b.ring.Submit(true)
+}
 
 // watchKick leaves the poll of an earlier fd behind: it holds the kernel's file until the ring closes, and its
 // completions only wake us.

@@ -201,6 +201,7 @@ func (s *source) Pause(ctx context.Context) error {
 	}
 }
 func (s *source) Resume()           { <-s.inFlight }
+func (s *source) Barrier()          {}
 func (s *source) Meter() *blk.Meter { return &s.meter }
 
 // Mirrored writes begin with no logged write in flight.

@@ -47,6 +47,7 @@ func memoryOf(b []byte) *blktest.Memory {
 func (im *anImage) word(off int64) uint64       { return binary.BigEndian.Uint64(im.b[off:]) }
 func (im *anImage) setWord(off int64, v uint64) { binary.BigEndian.PutUint64(im.b[off:], v) }
 func (im *anImage) l2(i int64) int64            { return l1Entry(im.word(im.h.L1Offset + 8*i)).offset() }
+
 func (im *anImage) refBlockOf(cluster int64) (block []byte, i int64) {
 	at := int64(im.word(im.h.RefTableOffset + cluster>>im.h.refBlockBits()*8))
 	return im.b[at : at+im.h.ClusterSize()], cluster & (1<<im.h.refBlockBits() - 1)

@@ -136,12 +136,14 @@ func TestConcurrentFastPath(t *testing.T) {
 		t.Run(options, func(t *testing.T) {
 			path := diskImage(t, size, options)
 			var io sync.RWMutex
-			n := mustOpen(t, openFile(t, path, false, false), Options{Name: path, Cache: NewCache(4 << 10),
+			n := mustOpen(t, openFile(t, path, false, false), Options{
+				Name: path, Cache: NewCache(4 << 10),
 				Barrier: func(*blk.Task) error {
 					io.Lock()
 					defer io.Unlock()
 					return nil
-				}})
+				},
+			})
 			model := make([]byte, size)
 			rounds := 600
 			if testing.Short() {

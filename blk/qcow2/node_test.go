@@ -693,6 +693,7 @@ func TestFaultsAtOnce(t *testing.T) {
 								clear(model[off : off+l])
 							case blk.OpFlush:
 								r.Off, r.Len, off, l = 0, 0, 0, 0
+							default:
 							}
 							err := blk.Do(blk.NewTask(), n, r)
 							for i := off; i < off+l; i++ {
@@ -738,8 +739,11 @@ func TestPowerCut(t *testing.T) {
 		options string
 		backing bool
 	}{
-		{"cluster_size=4k", false}, {"cluster_size=4k", true}, {"cluster_size=512,refcount_bits=64", true},
-		{"extended_l2=on,cluster_size=16k", true}, {"compat=0.10,cluster_size=4k", true},
+		{"cluster_size=4k", false},
+		{"cluster_size=4k", true},
+		{"cluster_size=512,refcount_bits=64", true},
+		{"extended_l2=on,cluster_size=16k", true},
+		{"compat=0.10,cluster_size=4k", true},
 	} {
 		t.Run(fmt.Sprint(c.options, c.backing), func(t *testing.T) {
 			options := c.options

@@ -79,6 +79,24 @@ func (n *Node) Refresh() error {
 	return err
 }
 
+// Lock locks the storage; see file.Node.Lock. blk.ErrNotSupported: it has no locks.
+func (n *Node) Lock() error {
+	c, ok := n.child.(interface{ Lock() error })
+	if !ok {
+		return blk.ErrNotSupported
+	}
+	return c.Lock()
+}
+
+// Unlock unlocks the storage; see file.Node.Unlock.
+func (n *Node) Unlock() error {
+	c, ok := n.child.(interface{ Unlock() error })
+	if !ok {
+		return blk.ErrNotSupported
+	}
+	return c.Unlock()
+}
+
 // Children is the storage.
 func (n *Node) Children() []blk.Node { return []blk.Node{n.child} }
 

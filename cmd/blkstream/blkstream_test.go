@@ -295,6 +295,7 @@ func TestRequests(t *testing.T) {
 		t.Fatal(err)
 	}
 	yes, no := true, false
+	poll := func(us uint32) *uint32 { return &us }
 	for _, tc := range []struct {
 		args string
 		want proto.Message
@@ -305,26 +306,28 @@ func TestRequests(t *testing.T) {
 		},
 		{
 			"copy disk0 nbd://h/x --format qcow2 --existing --method stream --base /base --switch auto --verify " +
-				"--speed 50M --granularity 64K --on-source-error report --on-target-error enospc --id j",
+				"--speed 50M --granularity 64K --on-source-error report --on-target-error enospc --id j " +
+				"--cluster-size 128K --lazy-refcounts --compression zstd --preallocation metadata",
 			&control.CopyRequest{
 				Disk: "disk0", Target: "nbd://h/x", Format: "qcow2", Existing: true, Method: "stream", Base: "/base",
 				SwitchMode: "auto", Verify: true, Speed: 50 << 20, Granularity: 65536,
 				OnSourceError: "report", OnTargetError: "enospc", Id: "j",
+				ClusterSize: 128 << 10, LazyRefcounts: true, Compression: "zstd", Preallocation: "metadata",
 			},
 		},
 		{
 			"--socket CONTROL disk add --id a --image a.img --format raw --socket s",
 			&control.DiskAddRequest{
 				Id: "a", Image: cwd + "/a.img", Format: "raw", Socket: cwd + "/s",
-				Queues: 1, QueueSize: 256, Cache: "none", BlockSize: 512, Discard: &yes,
+				Queues: 1, QueueSize: 256, Cache: "none", BlockSize: 512, Discard: &yes, PollUs: poll(32),
 			},
 		},
 		{
-			"disk add --id a --image /a.img --format raw --socket fd:5 --read-only --queues 4 --queue-size 128 " +
-				"--cache writeback --block-size 4K --serial x --discard=false --poll-us 50",
+			"disk add --id a --image /a.img --format raw --socket /run/a.sock --read-only --queues 4 --queue-size 128 " +
+				"--cache writeback --block-size 4K --serial x --discard=false --poll-us 0",
 			&control.DiskAddRequest{
-				Id: "a", Image: "/a.img", Format: "raw", Socket: "fd:5", ReadOnly: true, Queues: 4, QueueSize: 128,
-				Cache: "writeback", BlockSize: 4096, Serial: "x", Discard: &no, PollUs: 50,
+				Id: "a", Image: "/a.img", Format: "raw", Socket: "/run/a.sock", ReadOnly: true, Queues: 4, QueueSize: 128,
+				Cache: "writeback", BlockSize: 4096, Serial: "x", Discard: &no, PollUs: poll(0),
 			},
 		},
 		{"disk resize disk0 3G --socket CONTROL", &control.DiskResizeRequest{Id: "disk0", Size: 3 << 30}},
@@ -462,6 +465,10 @@ func TestDescribe(t *testing.T) {
 		{
 			func(j *control.Job) { j.Stage, j.State, j.BytesDone, j.Converging = "mirror", "ready", 10<<30, false },
 			"mirror 100%, 10 GiB of 10 GiB, ready",
+		},
+		{
+			func(j *control.Job) { j.State, j.Message = "ready", "finish with: blkstream switch disk0" },
+			"bulk 30%, 3 GiB of 10 GiB, ready; finish with: blkstream switch disk0, guest dirties 20 MiB/s",
 		},
 		{
 			func(j *control.Job) {

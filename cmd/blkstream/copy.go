@@ -19,7 +19,9 @@ func (a *app) copyCmd() *cobra.Command {
 	method := choice{value: "mirror", from: []string{"mirror", "stream"}}
 	switchMode := choice{value: "manual", from: []string{"manual", "auto"}}
 	onSource, onTarget := choice{from: onError}, choice{from: onError}
-	speed, granularity := size{name: "RATE"}, size{name: "SIZE"}
+	speed, granularity, cluster := size{name: "RATE"}, size{name: "SIZE"}, size{name: "SIZE"}
+	compression := choice{from: []string{"zlib", "zstd"}}
+	preallocation := choice{from: []string{"off", "metadata", "falloc", "full"}}
 	cmd := &cobra.Command{
 		Use:     "copy DISK TARGET",
 		Aliases: []string{"block_copy"},
@@ -35,6 +37,7 @@ on with TARGET only after 'blkstream switch', or by itself with --switch auto.`,
 			req.Disk, req.Method, req.SwitchMode = args[0], method.value, switchMode.value
 			req.OnSourceError, req.OnTargetError = onSource.value, onTarget.value
 			req.Speed, req.Granularity = speed.value, granularity.value
+			req.ClusterSize, req.Compression, req.Preallocation = cluster.value, compression.value, preallocation.value
 			var err error
 			if req.Target, err = absPath(args[1]); err != nil {
 				return err
@@ -62,17 +65,21 @@ on with TARGET only after 'blkstream switch', or by itself with --switch auto.`,
 		}),
 	}
 	f := cmd.Flags()
-	f.StringVar(&req.Format, "format", "", "format of TARGET (default: the source's)")
+	f.StringVar(&req.Format, "format", "", "`format` of TARGET (default: the source's)")
 	f.BoolVar(&req.Existing, "existing", false, "TARGET exists already and is overwritten; otherwise it must not exist")
 	method.addTo(cmd, "method", "mirror: copy, then switch; stream: switch at once, then copy on read")
-	f.StringVar(&req.Base, "base", "", "shared base: copy only what the chain holds above this image")
+	f.StringVar(&req.Base, "base", "", "shared base: copy only what the chain holds above this `image`")
 	switchMode.addTo(cmd, "switch", "stay mirrored until 'blkstream switch', or switch when ready")
 	f.BoolVar(&req.Verify, "verify", false, "read both sides back and compare before the job may switch")
 	f.Var(&speed, "speed", "limit in bytes per second (default: none)")
-	f.Var(&granularity, "granularity", "unit in which guest writes are tracked (default: the daemon's choice)")
-	onSource.addTo(cmd, "on-source-error", "stop: pause the job; report: fail it; enospc: pause if the disk is full, else fail")
-	onTarget.addTo(cmd, "on-target-error", "likewise, for errors of TARGET")
-	f.StringVar(&req.Id, "id", "", "name of the job (default: the daemon's choice)")
+	f.Var(&granularity, "granularity", "unit in which guest writes are tracked (default: 64K)")
+	onSource.addTo(cmd, "on-source-error", "stop: pause the job; report: fail it; enospc: pause if the disk is full, else fail (default: report)")
+	onTarget.addTo(cmd, "on-target-error", "likewise, for errors of TARGET (default: enospc)")
+	f.Var(&cluster, "cluster-size", "of a new qcow2 TARGET (default: 64K)")
+	f.BoolVar(&req.LazyRefcounts, "lazy-refcounts", false, "of a new qcow2 TARGET: allow lazy reference counts")
+	compression.addTo(cmd, "compression", "compress what is copied in the stage bulk into a new qcow2 TARGET")
+	preallocation.addTo(cmd, "preallocation", "of a new TARGET; raw: off, falloc or full (default: off)")
+	f.StringVar(&req.Id, "id", "", "`ID` of the job (default: the daemon's choice)")
 	f.BoolVar(&wait, "wait", false, "wait until the job is ready to switch, or with --switch auto, completed")
 	return cmd
 }

@@ -61,19 +61,19 @@ func (a *app) diskCmd() *cobra.Command {
 // before the command.
 func (a *app) diskAddCmd() *cobra.Command {
 	var req control.DiskAddRequest
-	discard := true
+	discard, poll := true, uint32(config.DefaultPollUS)
 	cache := choice{value: config.DefaultCache, from: []string{"none", "writeback", "writethrough", "unsafe"}}
 	blockSize := size{value: config.DefaultBlockSize, name: "SIZE"}
 	cmd := &cobra.Command{
 		Use:     "add --id ID --image IMAGE --format FORMAT --socket PATH",
-		Short:   "Serve another disk until the daemon stops",
+		Short:   "Serve another disk, also after restarts, until it is removed",
 		Example: "  blkstream --socket CONTROL disk add --id disk1 --image /images/a.img --format raw --socket /run/disk1.sock",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if blockSize.value > math.MaxUint32 {
 				return &usageError{fmt.Errorf("--block-size %d is too large", blockSize.value)}
 			}
-			req.Cache, req.BlockSize, req.Discard = cache.value, uint32(blockSize.value), &discard
+			req.Cache, req.BlockSize, req.Discard, req.PollUs = cache.value, uint32(blockSize.value), &discard, &poll
 			return a.with(func(ctx context.Context, c *control.Client, _ []string) error {
 				var err error
 				if req.Image, err = absPath(req.Image); err != nil {
@@ -91,28 +91,28 @@ func (a *app) diskAddCmd() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&req.Id, "id", "", "name of the disk")
-	f.StringVar(&req.Image, "image", "", "path of the image")
-	f.StringVar(&req.Format, "format", "", "format of the image; never guessed")
-	f.StringVar(&req.Socket, "socket", "", "vhost-user socket to create for the disk")
+	f.StringVar(&req.Id, "id", "", "`ID` of the disk")
+	f.StringVar(&req.Image, "image", "", "`path` of the image")
+	f.StringVar(&req.Format, "format", "", "`format` of the image; never guessed")
+	f.StringVar(&req.Socket, "socket", "", "`path` of the vhost-user socket to create for the disk")
 	for _, name := range []string{"id", "image", "format", "socket"} {
 		_ = cmd.MarkFlagRequired(name) // fails only for flags that do not exist
 	}
 	f.BoolVar(&req.ReadOnly, "read-only", false, "refuse writes")
-	f.Uint32Var(&req.Queues, "queues", config.DefaultQueues, "request queues to offer")
-	f.Uint32Var(&req.QueueSize, "queue-size", config.DefaultQueueSize, "entries of a queue, a power of two")
+	f.Uint32Var(&req.Queues, "queues", config.DefaultQueues, "offer `N` request queues")
+	f.Uint32Var(&req.QueueSize, "queue-size", config.DefaultQueueSize, "`N` entries a queue, a power of two")
 	cache.addTo(cmd, "cache", "cache mode, as in QEMU")
 	f.Var(&blockSize, "block-size", "logical block size, 512 or 4096")
-	f.StringVar(&req.Serial, "serial", "", "serial number the guest sees")
+	f.StringVar(&req.Serial, "serial", "", "`text` that the guest sees as serial number")
 	f.BoolVar(&discard, "discard", true, "pass the guest's discards on to the image")
-	f.Uint32Var(&req.PollUs, "poll-us", 0, "busy-poll this many microseconds before sleeping")
+	f.Uint32Var(&poll, "poll-us", poll, "at most `N` microseconds of busy-polling before a queue without work sleeps; 0: none")
 	return cmd
 }
 
 func (a *app) diskResizeCmd() *cobra.Command {
 	return &cobra.Command{
 		Use:               "resize DISK SIZE",
-		Short:             "Give a disk another size; the guest is told",
+		Short:             "Make a disk larger; the guest is told",
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: a.complete(diskIDs),
 		RunE: func(cmd *cobra.Command, args []string) error {

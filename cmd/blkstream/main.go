@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command blkstream talks to blkstreamd: it lists, adds and copies the disks
-// of running guests, and follows and steers the jobs that do it. It uses
-// nothing but the control socket.
+// of running guests, and follows and steers the jobs that do it, through
+// nothing but the control socket. It also works on images that no guest uses,
+// by itself.
 package main
 
 import (
@@ -34,10 +35,17 @@ func main() {
 // run executes one command line and returns the exit status.
 func (a *app) run(ctx context.Context, args []string) int {
 	root := a.root()
-	root.SetArgs(args)
+	root.SetArgs(negativeSize(args))
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
 		return exitDone
+	}
+	var status *statusError
+	if errors.As(err, &status) {
+		return status.status
+	}
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		err = errors.New("interrupted")
 	}
 	fmt.Fprintf(a.err, "blkstream: %v\n", err)
 	var job *jobError

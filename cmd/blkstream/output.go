@@ -67,6 +67,7 @@ type jsonJob struct {
 	Target           string `json:"target"`
 	Format           string `json:"format"`
 	Method           string `json:"method"`
+	Base             string `json:"base"`
 	Stage            string `json:"stage"`
 	State            string `json:"state"`
 	Error            string `json:"error"`
@@ -107,7 +108,7 @@ func toJSONDisk(d *control.Disk) jsonDisk {
 func toJSONJob(j *control.Job) jsonJob {
 	return jsonJob{
 		ID: j.GetId(), Kind: j.GetKind(), Disk: j.GetDisk(), Source: j.GetSource(), Target: j.GetTarget(),
-		Format: j.GetFormat(), Method: j.GetMethod(), Stage: j.GetStage(), State: j.GetState(),
+		Format: j.GetFormat(), Method: j.GetMethod(), Base: j.GetBase(), Stage: j.GetStage(), State: j.GetState(),
 		Error: j.GetError(), Message: j.GetMessage(), BytesDone: j.GetBytesDone(), BytesTotal: j.GetBytesTotal(),
 		Rate: j.GetRate(), DirtyRate: j.GetDirtyRate(), EtaSeconds: j.GetEtaSeconds(), Converging: j.GetConverging(),
 		Speed: j.GetSpeed(), Granularity: j.GetGranularity(), TargetConsistent: j.GetTargetConsistent(),
@@ -239,6 +240,9 @@ func (a *app) printJob(j *control.Job) error {
 	t.row("limit:", humanLimit(j.Speed))
 	t.row("granularity:", humanSize(j.Granularity))
 	t.row("method:", j.Method)
+	if j.Base != "" {
+		t.row("shared base:", j.Base)
+	}
 	t.row("switch:", j.SwitchMode)
 	verify := yesNo(j.Verify)
 	if j.Verify {

@@ -50,7 +50,7 @@ func details(job *control.Job) []string {
 		if job.Error != "" {
 			state += ": " + job.Error
 		}
-		if job.State == statePaused && job.Message != "" {
+		if (job.State == statePaused || job.State == stateReady) && job.Message != "" {
 			state += "; " + job.Message
 		}
 		parts = append(parts, state)
@@ -115,13 +115,14 @@ func (l *lines) stop() {}
 
 // bar draws two lines on a terminal: the bar, and rates and time below it.
 type bar struct {
+	w         io.Writer
 	container *mpb.Progress
 	bar       *mpb.Bar
 	job       atomic.Pointer[control.Job] // read by the drawing goroutine
 }
 
 func newBar(w io.Writer, options ...mpb.ContainerOption) *bar {
-	b := &bar{container: mpb.New(append(options, mpb.WithOutput(w))...)}
+	b := &bar{w: w, container: mpb.New(append(options, mpb.WithOutput(w))...)}
 	b.job.Store(&control.Job{State: stateRunning})
 	text := func(fn func(*control.Job) string) decor.Decorator {
 		return decor.Any(func(decor.Statistics) string { return fn(b.job.Load()) })
@@ -149,7 +150,8 @@ func (b *bar) update(job *control.Job) {
 }
 
 func (b *bar) stop() {
-	b.bar.Abort(false) // leaves the last picture
+	fmt.Fprint(b.w, "\r") // the terminal shows ^C where the last picture would begin
+	b.bar.Abort(false)    // leaves the last picture
 	b.container.Wait()
 }
 

@@ -51,14 +51,14 @@ func (a *app) root() *cobra.Command {
 	root := a.group(&cobra.Command{
 		Use:   "blkstream",
 		Short: "Copy, move and convert the disks of running guests",
-	}, a.diskCmd(), a.copyCmd(), a.switchCmd(), a.jobCmd(), a.versionCmd())
+	}, a.diskCmd(), a.copyCmd(), a.switchCmd(), a.jobCmd(), a.imageCmd(), a.versionCmd())
 	// Flags belong to the command they follow: disk add has another --socket.
 	root.TraverseChildren = true
 	root.SilenceErrors, root.SilenceUsage = true, true
 	root.SetOut(a.out)
 	root.SetErr(a.err)
 	root.PersistentFlags().StringVar(&a.socket, "socket", "",
-		"control socket of blkstreamd (default $BLKSTREAM_SOCKET or "+config.DefaultControl+")")
+		"`path` of the control socket of blkstreamd (default $BLKSTREAM_SOCKET or "+config.DefaultControl+")")
 	root.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON, one document a line")
 	return root
 }
@@ -193,8 +193,11 @@ func (c *choice) Set(s string) error {
 	return nil
 }
 
-func (c *choice) addTo(cmd *cobra.Command, name, usage string) {
-	cmd.Flags().Var(c, name, usage)
+func (c *choice) addTo(cmd *cobra.Command, name, usage string) { c.addToP(cmd, name, "", usage) }
+
+// addToP adds the flag with a shorthand.
+func (c *choice) addToP(cmd *cobra.Command, name, short, usage string) {
+	cmd.Flags().VarP(c, name, short, usage)
 	// It fails only for flags that do not exist.
 	_ = cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(c.from, cobra.ShellCompDirectiveNoFileComp))
 }

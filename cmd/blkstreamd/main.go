@@ -35,7 +35,18 @@ type flags struct {
 var errUsage = errors.New("usage")
 
 func main() {
-	var f flags
+	if err := command(&flags{}).Execute(); err != nil {
+		fmt.Fprintf(os.Stderr, "blkstreamd: %v\n", err)
+		if errors.Is(err, errUsage) {
+			fmt.Fprintln(os.Stderr, "Try 'blkstreamd --help'.")
+			os.Exit(2)
+		}
+		os.Exit(1)
+	}
+}
+
+// command is the command line, which sets f.
+func command(f *flags) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "blkstreamd --config FILE | --socket-path PATH|--fd N --blk-file IMAGE --format FORMAT",
 		Short: "serve virtual disks over vhost-user to any virtual machine monitor",
@@ -48,28 +59,21 @@ programs; there are no jobs then.`,
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return run(cmd, &f) },
+		RunE:          func(cmd *cobra.Command, _ []string) error { return run(cmd, f) },
 	}
 	fl := cmd.Flags()
 	fl.StringVar(&f.config, "config", "", "configuration `file` (TOML)")
 	fl.BoolVar(&f.check, "check", false, "check the configuration and the images it names, and exit")
-	fl.StringVar(&f.socket, "socket-path", "", "one disk: listen on this Unix socket")
-	fl.IntVar(&f.fd, "fd", -1, "one disk: inherited Unix socket, listening or connected")
+	fl.StringVar(&f.socket, "socket-path", "", "one disk: listen on the Unix socket at this `path`")
+	fl.IntVar(&f.fd, "fd", -1, "one disk: use the inherited Unix socket `N`, which listens or is connected")
 	fl.StringVar(&f.image, "blk-file", "", "one disk: the `image`")
-	fl.StringVar(&f.format, "format", "", "one disk: the image's format (never probed)")
+	fl.StringVar(&f.format, "format", "", "one disk: the image's `format` (never probed)")
 	fl.BoolVar(&f.readOnly, "read-only", false, "one disk: refuse writes")
-	fl.IntVar(&f.queues, "num-queues", config.DefaultQueues, "one disk: virtqueues offered")
+	fl.IntVar(&f.queues, "num-queues", config.DefaultQueues, "one disk: offer `N` virtqueues")
 	fl.BoolVar(&f.capabilities, "print-capabilities", false, "print what this program can do as JSON, and exit")
 	fl.BoolVar(&f.verbose, "verbose", false, "log more")
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
-	if err := cmd.Execute(); err != nil {
-		fmt.Fprintf(os.Stderr, "blkstreamd: %v\n", err)
-		if errors.Is(err, errUsage) {
-			fmt.Fprintln(os.Stderr, "Try 'blkstreamd --help'.")
-			os.Exit(2)
-		}
-		os.Exit(1)
-	}
+	return cmd
 }
 
 func usage(format string, args ...any) error {
@@ -95,7 +99,7 @@ func run(cmd *cobra.Command, f *flags) error {
 		if err := daemon.Check(file); err != nil {
 			return err
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "%s: %d disks, no errors\n", f.config, len(file.Disks))
+		fmt.Fprintf(cmd.OutOrStdout(), "%s: no errors, disks: %d\n", f.config, len(file.Disks))
 		return nil
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
@@ -122,7 +126,13 @@ func specs(f *flags) (*config.File, error) {
 	case f.config != "" && one:
 		return nil, usage("--config and the flags for one disk exclude each other")
 	case f.config != "":
-		return config.Load(f.config)
+		file, err := config.Load(f.config)
+		if err != nil {
+			return nil, err
+		}
+		// It is named to people who are elsewhere.
+		file.Path, err = filepath.Abs(file.Path)
+		return file, err
 	case !one || f.check:
 		return nil, usage("--config is missing")
 	case f.image == "":

@@ -33,7 +33,15 @@ const DefaultGranularity = 64 << 10
 type Setup struct {
 	Graph  *blk.Graph // its root is the source
 	Target blk.Node   // at least as large; the job owns it
-	Blank  bool       // the target reads as zeros everywhere
+	// Release closes the source after the switch, or else the target, with all that belongs to it. nil: its Close.
+	Release func(blk.Node) error
+	Blank   bool // the target reads as zeros everywhere
+	// Base is the shared base: what lies at least this many images behind the source's first one is left out, for the
+	// target reads the same there. 0: there is none.
+	Base uint16
+	// Pack, if not nil, writes PackUnit bytes at a multiple of PackUnit compressed. The bulk stage uses it.
+	Pack     func(t *blk.Task, off int64, data []byte) error
+	PackUnit int64
 	// Commit records durably that the disk is on the target. The guest is paused meanwhile. After an error the disk
 	// stays on the source.
 	Commit func() error
@@ -43,9 +51,12 @@ type Setup struct {
 
 const (
 	smallRest    = 64 << 20         // bytes: mirrored writes start when no more than this is dirty
-	shrinkFactor = 0.75             // a pass must leave less than this part of what it found
+	shrinkFactor = 0.75             // a pass must leave less than this part of what it found; so must a flush take, of the last one
 	switchWait   = 10 * time.Second // for requests in flight
 	rangeBytes   = 64 << 20         // of zeroes at a time
+
+	shortFlush = 5 * time.Millisecond // of the target: one that may hold the guest
+	maxFlushes = 8                    // while waiting for a short one
 )
 
 // copier is one run.
@@ -68,7 +79,7 @@ type copier struct {
 func Run(ctx context.Context, j *job.Job, s Setup) error {
 	c := &copier{Setup: s, job: j, opts: j.Record().Options, targetErr: make(chan error, 1), pacer: job.NewPacer(s.Graph)}
 	if err := c.insert(ctx); err != nil {
-		return errors.Join(err, s.Target.Close())
+		return errors.Join(err, c.release(s.Target))
 	}
 	watch, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
@@ -126,7 +137,14 @@ func (c *copier) remove(ctx context.Context) error {
 	if err != nil {
 		return err // the filter stays, and with it the target: the guest's writes are logged in vain
 	}
-	return errors.Join(flushErr, c.Target.Close())
+	return errors.Join(flushErr, c.release(c.Target))
+}
+
+func (c *copier) release(n blk.Node) error {
+	if c.Release != nil {
+		return c.Release(n)
+	}
+	return n.Close()
 }
 
 // stages goes through them, back to dirty whenever the target failed and the user or the space let it go on.
@@ -191,26 +209,26 @@ func (c *copier) bulk(ctx context.Context) error {
 	c.job.Update(func(r *job.Record) { r.Stage = job.StageBulk })
 	t := blk.NewTask()
 	var (
-		at, end int64 // the source is all hole or all to be looked at from at to end
-		hole    bool
+		at, end int64 // from at to end the source is of one kind
+		k       kind
 	)
 	return c.copyAll(ctx, func(limit int64) (piece, error) {
 		for at < c.size {
 			if at >= end {
 				var err error
-				if end, hole, err = c.extent(t, at); err != nil {
+				if end, k, err = c.extent(t, at); err != nil {
 					return piece{}, &sourceError{err}
 				}
 			}
 			from := at
 			switch {
-			case hole && c.Blank:
+			case k == kindShared || k == kindHole && c.Blank:
 				// The dirty bits stay: what is written here from now on is copied in the dirty stage.
 				at = end
 				c.progress.bulk.Add(at - from)
 				c.progress.done.Add(at - from)
 				continue
-			case hole:
+			case k == kindHole:
 				at += min(end-at, rangeBytes)
 			default:
 				at += min(end-at, limit)
@@ -221,25 +239,45 @@ func (c *copier) bulk(ctx context.Context) error {
 	})
 }
 
-// extent finds out up to where the source is all hole or not, in whole blocks. A block that is a hole only in part
-// counts as data.
-func (c *copier) extent(t *blk.Task, at int64) (end int64, hole bool, err error) {
+// kind is what the bulk stage needs to know of a part of the source.
+type kind uint8
+
+const (
+	kindData   kind = iota
+	kindHole        // reads as zeros
+	kindShared      // held by the shared base
+)
+
+func (c *copier) kindOf(e blk.Extent) kind {
+	switch {
+	case c.Base > 0 && e.Depth >= c.Base:
+		return kindShared
+	case e.State == blk.Zero || e.State == blk.Unallocated:
+		return kindHole
+	default:
+		return kindData
+	}
+}
+
+// extent finds out up to where the source is of one kind, in whole blocks. A block that is of several kinds counts as
+// data.
+func (c *copier) extent(t *blk.Task, at int64) (end int64, k kind, err error) {
 	e, err := c.filter.Source().Map(t, at, c.size-at)
 	if err != nil {
-		return 0, false, err
+		return 0, 0, err
 	}
 	g := c.opts.Granularity
 	end = at + e.Len
-	if e.State == blk.Zero || e.State == blk.Unallocated {
+	if k := c.kindOf(e); k != kindData {
 		if end < c.size {
 			end &^= g - 1
 		}
 		if end > at {
-			return end, true, nil
+			return end, k, nil
 		}
-		return at + g, false, nil
+		return at + g, kindData, nil
 	}
-	return (end + g - 1) &^ (g - 1), false, nil
+	return (end + g - 1) &^ (g - 1), kindData, nil
 }
 
 // converge makes the bitmap empty with mirrored writes on.
@@ -310,6 +348,8 @@ func (c *copier) ready(ctx context.Context) error {
 		c.job.Update(func(r *job.Record) {
 			if ready = r.State != job.StatePaused; ready {
 				r.State, r.TargetConsistent, r.Error = job.StateReady, true, ""
+				r.BytesDone = c.progress.done.Load()
+				r.BytesTotal = r.BytesDone + c.left()
 				r.Message = fmt.Sprintf("both images are the same; finish with: blkstream switch %s", r.Disk)
 			}
 		})
@@ -363,9 +403,19 @@ func (c *copier) switchOver(ctx context.Context) error {
 	c.job.Update(func(r *job.Record) { r.Stage = job.StageSwitch })
 	t := blk.NewTask()
 	flush := func() error { return blk.Do(t, c.Target, &blk.Request{Op: blk.OpFlush}) }
-	// Most of the flushing is done while the guest still runs.
-	if err := flush(); err != nil {
-		return c.flushFailed(err)
+	// The flush that holds the guest has to write what came since the one before it, which is what the guest wrote
+	// while that one ran: each is shorter than the last, unless the guest writes as fast as the target, or the time
+	// is not that of writing.
+	for n, before := 0, time.Duration(0); n < maxFlushes && ctx.Err() == nil; n++ {
+		start := time.Now()
+		if err := flush(); err != nil {
+			return c.flushFailed(err)
+		}
+		took := time.Since(start)
+		if took <= shortFlush || n > 0 && float64(took) > shrinkFactor*float64(before) {
+			break
+		}
+		before = took
 	}
 	wait, cancel := context.WithTimeout(ctx, switchWait)
 	defer cancel()
@@ -391,7 +441,7 @@ func (c *copier) switchOver(ctx context.Context) error {
 		return err
 	}
 	c.job.Update(func(r *job.Record) { r.Message, r.Error = c.Hint, "" })
-	if err := source.Close(); err != nil {
+	if err := c.release(source); err != nil {
 		c.job.Update(func(r *job.Record) {
 			r.Error = fmt.Sprintf("the guest is on %s; closing %s: %v", r.Target, r.Source, err)
 		})

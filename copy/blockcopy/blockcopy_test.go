@@ -690,3 +690,73 @@ func TestProgress(t *testing.T) {
 	hold.Release()
 	r.over(j)
 }
+
+// A target that writes back slowly, to which the guest wrote a lot: that is flushed while the guest runs, and what it
+// writes meanwhile too, so that little is left for the flush that holds it.
+func TestSwitchPause(t *testing.T) {
+	const perMiB = 20 * time.Millisecond
+	var (
+		r        *rig
+		dirty    atomic.Int64 // bytes that the target has not flushed
+		flushes  atomic.Int64
+		held     atomic.Int64 // bytes that were flushed with the guest at rest
+		watching atomic.Bool
+	)
+	part := pattern(2, size)
+	target := &hooked{Node: blktest.NewMemory(size), before: func(q *blk.Request) error {
+		switch {
+		case q.Op == blk.OpWrite:
+			dirty.Add(q.Len)
+		case q.Op == blk.OpFlush && watching.Load():
+			flushes.Add(1)
+			n := dirty.Swap(0)
+			time.Sleep(time.Duration(n) * perMiB / (1 << 20))
+			r.q.mu.Lock()
+			rests := r.q.pauses > 0
+			r.q.mu.Unlock()
+			if rests {
+				held.Store(n)
+				return nil
+			}
+			// A quarter of what the target writes back in this time.
+			if n = n / 4 &^ (blk.SectorSize - 1); n > 0 {
+				return r.q.do(write(0, part[:n]))
+			}
+		}
+		return nil
+	}}
+	r = newRig(t, blktest.NewMemory(size), target)
+	j := r.start(nil)
+	r.state(j, job.StateReady)
+	r.guest(write(0, part))
+	watching.Store(true)
+	r.over(j)
+	if n := held.Load(); n > size/16 {
+		t.Errorf("%d bytes were flushed while the guest was held, of %d", n, size)
+	}
+	if n := flushes.Load(); n < 2 || n > 9 {
+		t.Errorf("%d flushes", n)
+	}
+	r.equal("the target", get(t, target, size), part)
+}
+
+// A flush that takes its time whatever there is to write is not tried again and again.
+func TestSwitchSlowFlush(t *testing.T) {
+	var flushes atomic.Int64
+	target := &hooked{Node: blktest.NewMemory(size), before: func(q *blk.Request) error {
+		if q.Op == blk.OpFlush {
+			flushes.Add(1)
+			time.Sleep(50 * time.Millisecond)
+		}
+		return nil
+	}}
+	r := newRig(t, blktest.NewMemory(size), target)
+	j := r.start(nil)
+	r.state(j, job.StateReady)
+	flushes.Store(0)
+	r.over(j)
+	// A first one, one that is no shorter, and that which holds the guest; more if this machine is busy.
+	if n := flushes.Load(); n < 3 || n > 5 {
+		t.Errorf("%d flushes, want 3", n)
+	}
+}

@@ -135,10 +135,12 @@ func (c *copier) copyPiece(t *blk.Task, p piece) (err error) {
 			return &sourceError{err}
 		}
 		n := min(e.Len, end-off)
-		if e.State == blk.Zero || e.State == blk.Unallocated {
+		switch c.kindOf(e) {
+		case kindShared:
+		case kindHole:
 			err = c.zero(t, p, off, n)
-		} else {
-			n = min(n, maxRead)
+		default:
+			n = min(n, max(maxRead, c.PackUnit))
 			err = c.copyData(t, p, off, n)
 		}
 		if err != nil {
@@ -170,9 +172,13 @@ func (c *copier) copyData(t *blk.Task, p piece, off, n int64) error {
 	for b := buf.B; len(b) > 0; {
 		l, zero := run(b)
 		var err error
-		if zero {
+		switch {
+		case c.packs(p, off, b, l, zero):
+			l = int(c.PackUnit)
+			err = c.Pack(t, off, b[:l])
+		case zero:
 			err = c.zero(t, p, off, int64(l))
-		} else {
+		default:
 			err = blk.Do(t, c.Target, &blk.Request{Op: blk.OpWrite, Off: off, Len: int64(l), Data: blk.BytesVec(nil, b[:l])})
 		}
 		if err != nil {
@@ -181,6 +187,12 @@ func (c *copier) copyData(t *blk.Task, p piece, off, n int64) error {
 		b, off = b[l:], off+int64(l)
 	}
 	return nil
+}
+
+// packs reports whether b begins with a unit to be compressed, one that is not all zeros: its first l bytes are of one
+// kind.
+func (c *copier) packs(p piece, off int64, b []byte, l int, zero bool) bool {
+	return c.Pack != nil && p.bulk && off%c.PackUnit == 0 && int64(len(b)) >= c.PackUnit && !(zero && int64(l) >= c.PackUnit)
 }
 
 // run is the length of the run of units at the start of b that are all zero, or all not.

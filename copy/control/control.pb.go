@@ -426,8 +426,8 @@ type DiskAddRequest struct {
 	Cache         string                 `protobuf:"bytes,8,opt,name=cache,proto3" json:"cache,omitempty"` // empty: none
 	BlockSize     uint32                 `protobuf:"varint,9,opt,name=block_size,json=blockSize,proto3" json:"block_size,omitempty"`
 	Serial        string                 `protobuf:"bytes,10,opt,name=serial,proto3" json:"serial,omitempty"`
-	Discard       *bool                  `protobuf:"varint,11,opt,name=discard,proto3,oneof" json:"discard,omitempty"` // absent: true
-	PollUs        uint32                 `protobuf:"varint,12,opt,name=poll_us,json=pollUs,proto3" json:"poll_us,omitempty"`
+	Discard       *bool                  `protobuf:"varint,11,opt,name=discard,proto3,oneof" json:"discard,omitempty"`             // absent: true
+	PollUs        *uint32                `protobuf:"varint,12,opt,name=poll_us,json=pollUs,proto3,oneof" json:"poll_us,omitempty"` // most microseconds of busy-polling before a queue sleeps; absent: 32, 0: none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -540,8 +540,8 @@ func (x *DiskAddRequest) GetDiscard() bool {
 }
 
 func (x *DiskAddRequest) GetPollUs() uint32 {
-	if x != nil {
-		return x.PollUs
+	if x != nil && x.PollUs != nil {
+		return *x.PollUs
 	}
 	return 0
 }
@@ -710,6 +710,7 @@ type Job struct {
 	OnSourceError    string `protobuf:"bytes,25,opt,name=on_source_error,json=onSourceError,proto3" json:"on_source_error,omitempty"` // stop, report, enospc
 	OnTargetError    string `protobuf:"bytes,26,opt,name=on_target_error,json=onTargetError,proto3" json:"on_target_error,omitempty"`
 	Method           string `protobuf:"bytes,27,opt,name=method,proto3" json:"method,omitempty"` // mirror, stream
+	Base             string `protobuf:"bytes,28,opt,name=base,proto3" json:"base,omitempty"`     // shared base; empty: none
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -933,6 +934,13 @@ func (x *Job) GetMethod() string {
 	return ""
 }
 
+func (x *Job) GetBase() string {
+	if x != nil {
+		return x.Base
+	}
+	return ""
+}
+
 type CopyRequest struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Disk   string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
@@ -949,6 +957,12 @@ type CopyRequest struct {
 	Id            string `protobuf:"bytes,11,opt,name=id,proto3" json:"id,omitempty"`         // of the job; empty: chosen by the daemon
 	Method        string `protobuf:"bytes,12,opt,name=method,proto3" json:"method,omitempty"` // mirror (also if empty), stream
 	Base          string `protobuf:"bytes,13,opt,name=base,proto3" json:"base,omitempty"`     // shared base; empty: copy everything
+	// Of a new qcow2 target; zero and empty: qemu-img's defaults. With a compression (zlib, zstd) the bulk stage
+	// compresses.
+	ClusterSize   int64  `protobuf:"varint,14,opt,name=cluster_size,json=clusterSize,proto3" json:"cluster_size,omitempty"`
+	LazyRefcounts bool   `protobuf:"varint,15,opt,name=lazy_refcounts,json=lazyRefcounts,proto3" json:"lazy_refcounts,omitempty"`
+	Compression   string `protobuf:"bytes,16,opt,name=compression,proto3" json:"compression,omitempty"`
+	Preallocation string `protobuf:"bytes,17,opt,name=preallocation,proto3" json:"preallocation,omitempty"` // off, metadata, falloc, full
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1070,6 +1084,34 @@ func (x *CopyRequest) GetMethod() string {
 func (x *CopyRequest) GetBase() string {
 	if x != nil {
 		return x.Base
+	}
+	return ""
+}
+
+func (x *CopyRequest) GetClusterSize() int64 {
+	if x != nil {
+		return x.ClusterSize
+	}
+	return 0
+}
+
+func (x *CopyRequest) GetLazyRefcounts() bool {
+	if x != nil {
+		return x.LazyRefcounts
+	}
+	return false
+}
+
+func (x *CopyRequest) GetCompression() string {
+	if x != nil {
+		return x.Compression
+	}
+	return ""
+}
+
+func (x *CopyRequest) GetPreallocation() string {
+	if x != nil {
+		return x.Preallocation
 	}
 	return ""
 }
@@ -1764,7 +1806,7 @@ const file_control_proto_rawDesc = "" +
 	"\x10DiskListResponse\x12(\n" +
 	"\x05disks\x18\x01 \x03(\v2\x12.blkstream.v1.DiskR\x05disks\"!\n" +
 	"\x0fDiskShowRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\xcb\x02\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xdc\x02\n" +
 	"\x0eDiskAddRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06socket\x18\x02 \x01(\tR\x06socket\x12\x14\n" +
@@ -1779,16 +1821,18 @@ const file_control_proto_rawDesc = "" +
 	"block_size\x18\t \x01(\rR\tblockSize\x12\x16\n" +
 	"\x06serial\x18\n" +
 	" \x01(\tR\x06serial\x12\x1d\n" +
-	"\adiscard\x18\v \x01(\bH\x00R\adiscard\x88\x01\x01\x12\x17\n" +
-	"\apoll_us\x18\f \x01(\rR\x06pollUsB\n" +
+	"\adiscard\x18\v \x01(\bH\x00R\adiscard\x88\x01\x01\x12\x1c\n" +
+	"\apoll_us\x18\f \x01(\rH\x01R\x06pollUs\x88\x01\x01B\n" +
 	"\n" +
-	"\b_discard\"#\n" +
+	"\b_discardB\n" +
+	"\n" +
+	"\b_poll_us\"#\n" +
 	"\x11DiskRemoveRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x14\n" +
 	"\x12DiskRemoveResponse\"7\n" +
 	"\x11DiskResizeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\"\xfc\x05\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"\x90\x06\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
@@ -1825,7 +1869,8 @@ const file_control_proto_rawDesc = "" +
 	"switchMode\x12&\n" +
 	"\x0fon_source_error\x18\x19 \x01(\tR\ronSourceError\x12&\n" +
 	"\x0fon_target_error\x18\x1a \x01(\tR\ronTargetError\x12\x16\n" +
-	"\x06method\x18\x1b \x01(\tR\x06method\"\xea\x02\n" +
+	"\x06method\x18\x1b \x01(\tR\x06method\x12\x12\n" +
+	"\x04base\x18\x1c \x01(\tR\x04base\"\xfc\x03\n" +
 	"\vCopyRequest\x12\x12\n" +
 	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x16\n" +
@@ -1841,7 +1886,11 @@ const file_control_proto_rawDesc = "" +
 	" \x01(\tR\ronTargetError\x12\x0e\n" +
 	"\x02id\x18\v \x01(\tR\x02id\x12\x16\n" +
 	"\x06method\x18\f \x01(\tR\x06method\x12\x12\n" +
-	"\x04base\x18\r \x01(\tR\x04base\"'\n" +
+	"\x04base\x18\r \x01(\tR\x04base\x12!\n" +
+	"\fcluster_size\x18\x0e \x01(\x03R\vclusterSize\x12%\n" +
+	"\x0elazy_refcounts\x18\x0f \x01(\bR\rlazyRefcounts\x12 \n" +
+	"\vcompression\x18\x10 \x01(\tR\vcompression\x12$\n" +
+	"\rpreallocation\x18\x11 \x01(\tR\rpreallocation\"'\n" +
 	"\rSwitchRequest\x12\x16\n" +
 	"\x06target\x18\x01 \x01(\tR\x06target\"O\n" +
 	"\x0eSwitchResponse\x12#\n" +

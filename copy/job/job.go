@@ -79,6 +79,7 @@ type Record struct {
 type Options struct {
 	Method        string `json:"method"`
 	Existing      bool   `json:"existing"`
+	Base          string `json:"base,omitempty"` // shared base: what it and the images behind it hold is not copied
 	SwitchMode    string `json:"switch_mode"`
 	Verify        bool   `json:"verify"`
 	Speed         int64  `json:"speed"` // 0: no limit
@@ -186,11 +187,18 @@ func (j *Job) Resume() error {
 	}
 }
 
-// Cancel ends the job and waits for that. The guest stays where it is.
+// Cancel ends the job and waits for that. The guest stays where it is. If ctx ends before, which it does when the
+// storage does not answer, the job still ends as soon as it can.
 func (j *Job) Cancel(ctx context.Context) error {
-	if r := j.Record(); Ended(r.State) {
+	j.mu.Lock()
+	if r := j.rec; Ended(r.State) {
+		j.mu.Unlock()
 		return fmt.Errorf("job %s is already %s: %w", r.ID, r.State, ErrState)
 	}
+	if j.rec.Stage != StageSwitch { // whose message is what the user must know then
+		j.updateLocked(func(r *Record) { r.Message = "being cancelled: waits for requests in flight" })
+	}
+	j.mu.Unlock()
 	j.cancel(context.Canceled)
 	select {
 	case <-j.done:

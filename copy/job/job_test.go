@@ -6,7 +6,10 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -422,6 +425,7 @@ type fakeSource struct{ meter blk.Meter }
 
 func (s *fakeSource) Pause(context.Context) error { return nil }
 func (s *fakeSource) Resume()                     {}
+func (s *fakeSource) Barrier()                    {}
 func (s *fakeSource) Meter() *blk.Meter           { return &s.meter }
 
 // Whoever waits in Begin gets in at last, whatever happens to the window, and each Begin is given back.
@@ -520,5 +524,51 @@ func TestPacerWatches(t *testing.T) {
 	p.setActive(false, 0)
 	if p.most != fullMost || p.Size() != fullSize {
 		t.Error("an idle guest still counts as busy")
+	}
+}
+
+// A record is durable when Save returns: the new file's contents before its name, and the name.
+func TestStoreDurable(t *testing.T) {
+	if dir := os.Getenv("BLKSTREAM_TEST_SAVE"); dir != "" {
+		s, err := OpenStore(dir)
+		if err == nil {
+			err = errors.Join(s.Save("kind", "x", 1), s.Save("kind", "x", 2), s.Delete("kind", "x"))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	if err := exec.Command("strace", "-o", "/dev/null", "true").Run(); err != nil {
+		if os.Getenv("CI") != "" && errors.Is(err, exec.ErrNotFound) {
+			t.Fatal(err)
+		}
+		t.Skipf("nothing can be traced here: %v", err)
+	}
+	dir := t.TempDir()
+	out := filepath.Join(t.TempDir(), "trace")
+	cmd := exec.Command("strace", "-f", "-qq", "-y", "-e", "trace=fsync,fdatasync,renameat,renameat2,mkdirat,unlinkat,write", "-o", out,
+		os.Args[0], "-test.run=^TestStoreDurable$")
+	cmd.Env = append(os.Environ(), "BLKSTREAM_TEST_SAVE="+dir)
+	if text, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, text)
+	}
+	trace, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The call, and the last file of ours in its arguments.
+	ours := regexp.MustCompile(`(\w+)\(.*` + regexp.QuoteMeta(dir) + `([^">]*)`)
+	var got []string
+	for line := range strings.Lines(string(trace)) {
+		if m := ours.FindStringSubmatch(line); m != nil {
+			got = append(got, m[1]+" "+m[2])
+		}
+	}
+	save := []string{"mkdirat /kind", "write /kind/x.json.new", "fsync /kind/x.json.new", "renameat /kind/x.json", "fsync /kind"}
+	want := slices.Concat(save, save, []string{"unlinkat /kind/x.json", "fsync /kind"})
+	want = slices.Insert(want, 1, "fsync ") // the folder is new the first time
+	if !slices.Equal(got, want) {
+		t.Errorf("the order of the calls:\n got %q\nwant %q\n%s", got, want, trace)
 	}
 }

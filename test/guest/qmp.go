@@ -106,13 +106,6 @@ func (q *qmp) execute(name string, args, out any) error {
 	return json.Unmarshal(m.Return, out)
 }
 
-// seen is how many events have come: where a later wait begins.
-func (q *qmp) seen() int {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return len(q.events)
-}
-
 // wait blocks until an event of this name came after the first from events.
 func (q *qmp) wait(ctx context.Context, name string, from int) error {
 	for {

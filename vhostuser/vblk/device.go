@@ -77,7 +77,10 @@ type Options struct {
 	WriteThrough bool          // no write cache: each write is durable when it is acknowledged
 	PollMax      time.Duration // longest busy wait of a queue; 0: none
 	NoURing      bool
-	Log          *slog.Logger
+	// Use, if not nil, is told before the first queue of a driver starts (true; an error keeps it from starting) and
+	// after the last one has ended (false).
+	Use func(bool) error
+	Log *slog.Logger
 }
 
 // Device is one virtio-blk device. It implements vhostuser.Device.
@@ -88,6 +91,9 @@ type Device struct {
 
 	acked     atomic.Uint64 // features the driver took
 	writeback atomic.Bool   // what the driver chose in the config space
+
+	useMu sync.Mutex // held over Options.Use; before mu
+	users int        // queues that run or are being started
 
 	mu     sync.Mutex
 	queues map[*queue]struct{}
@@ -185,11 +191,37 @@ func (d *Device) Reset() {
 
 // Start implements vhostuser.Device.
 func (d *Device) Start(r vhostuser.Ring) (vhostuser.Queue, error) {
+	if err := d.use(); err != nil {
+		return nil, fmt.Errorf("queue %d: %w", r.Index, err)
+	}
 	q, err := startQueue(d, r)
 	if err != nil {
+		d.unuse()
 		return nil, fmt.Errorf("queue %d: %w", r.Index, err)
 	}
 	return q, nil
+}
+
+func (d *Device) use() error {
+	d.useMu.Lock()
+	defer d.useMu.Unlock()
+	if d.users == 0 && d.opts.Use != nil {
+		if err := d.opts.Use(true); err != nil {
+			return err
+		}
+	}
+	d.users++
+	return nil
+}
+
+func (d *Device) unuse() {
+	d.useMu.Lock()
+	defer d.useMu.Unlock()
+	if d.users--; d.users == 0 && d.opts.Use != nil {
+		if err := d.opts.Use(false); err != nil {
+			d.opts.Log.Error("after the last queue", "disk", d.opts.ID, "err", err)
+		}
+	}
 }
 
 // Stats counts requests since the device was made.

@@ -43,6 +43,7 @@ type queue struct {
 	resubmit []uint16   // heads that were in flight when an earlier daemon died
 	pauses   int        // who wants the queue to rest: the session, the graph
 	rest     []chan struct{}
+	fast     epochs // requests whose host I/O goes to extents from TryMap
 	broken   bool
 
 	meter blk.Meter
@@ -299,6 +300,7 @@ func (q *queue) Stop() (uint16, error) {
 	delete(q.dev.queues, q)
 	q.dev.past.add(q.count.load())
 	q.dev.mu.Unlock()
+	q.dev.unuse()
 	return base, nil
 }
 
@@ -341,7 +343,54 @@ func (q sessionQueue) Pause() { <-q.settle() }
 // Resume implements vhostuser.Queue.
 func (q sessionQueue) Resume() { q.queue.Resume() }
 
+// epochs counts the requests of two epochs, so that one can wait for all that are older than now. While a barrier waits
+// for the older ones, those behind it wait for the next epoch.
+type epochs struct {
+	now     int // 0 or 1: the epoch of requests that begin
+	flying  [2]int
+	waiting []chan struct{} // for the other epoch to end
+	next    []chan struct{} // for the present one
+}
+
+func (e *epochs) begin() (epoch int) {
+	e.flying[e.now]++
+	return e.now
+}
+
+func (e *epochs) end(epoch int) {
+	if e.flying[epoch]--; epoch != e.now && e.flying[epoch] == 0 {
+		e.advance()
+	}
+}
+
+// wait closes c when all requests that have begun are over.
+func (e *epochs) wait(c chan struct{}) {
+	e.next = append(e.next, c)
+	e.advance()
+}
+
+func (e *epochs) advance() {
+	for e.flying[1-e.now] == 0 {
+		for _, c := range e.waiting {
+			close(c)
+		}
+		e.waiting = nil
+		if len(e.next) == 0 {
+			return
+		}
+		e.waiting, e.next, e.now = e.next, nil, 1-e.now
+	}
+}
+
 // The graph's side: blk.Source.
+
+// Barrier implements blk.Source.
+func (q *queue) Barrier() {
+	c := make(chan struct{})
+	if q.do(func() { q.fast.wait(c) }) {
+		<-c
+	}
+}
 
 // Pause implements blk.Source.
 func (q *queue) Pause(ctx context.Context) error {

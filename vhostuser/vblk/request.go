@@ -71,6 +71,7 @@ type request struct {
 
 	ios     [maxSegs]blk.IO
 	pending int
+	epoch   int
 	err     error
 	log     *blk.Bitmap
 	start   time.Time
@@ -239,7 +240,7 @@ func (r *request) parseRanges(out blk.Vec, op blk.Op) error {
 func (r *request) run() {
 	root := r.q.dev.graph.Root()
 	switch {
-	case r.reply != nil && len(r.reply) > 0:
+	case len(r.reply) > 0:
 		var id [idBytes]byte
 		copy(id[:], r.q.dev.opts.Serial)
 		r.reply.CopyFrom(id[:])
@@ -261,6 +262,7 @@ func (r *request) run() {
 		r.q.loop.Spawn(r.slow)
 		return
 	}
+	r.epoch = r.q.fast.begin()
 	r.pending = n + 1 // one for this function: an I/O may end at once
 	for i := range n {
 		r.q.loop.Start(&r.ios[i])
@@ -332,6 +334,7 @@ func (r *request) release() {
 	if r.pending--; r.pending > 0 {
 		return
 	}
+	r.q.fast.end(r.epoch)
 	if r.log != nil && r.req.Op == blk.OpWrite {
 		// Marked when the write has ended and before the guest knows: whoever cleared the bit and read the old
 		// bytes meanwhile reads them again. A failed write may have changed some of them.

@@ -119,6 +119,7 @@ func (a *agent) handle(req *wire.Request, reply *wire.Reply) (err error) {
 		return err
 	case wire.Start:
 		return a.start(req)
+	default: // about a writer that runs
 	}
 	a.mu.Lock()
 	w := a.writers[req.Disk]

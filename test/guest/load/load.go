@@ -322,15 +322,15 @@ func (wk *worker) zero(first int, states []State) error {
 		states[i] = written(states[i].generation()+1) | zeroed
 	}
 	off, n := wk.offset(first), int64(len(states)*wk.w.opts.BlockSize)
-	err := syscall.EINTR
-	for errors.Is(err, syscall.EINTR) {
-		e := syscall.Fallocate(int(wk.w.file.Fd()), keepSize|zeroRange, off, n)
-		if e == nil {
+	for {
+		err := syscall.Fallocate(int(wk.w.file.Fd()), keepSize|zeroRange, off, n)
+		if err == nil {
 			return nil
 		}
-		err, _ = e.(syscall.Errno)
+		if !errors.Is(err, syscall.EINTR) {
+			return fmt.Errorf("load: write zeros at %#x: %w", off, err)
+		}
 	}
-	return fmt.Errorf("load: write zeros at %#x: %w", off, err)
 }
 
 func (wk *worker) read(first int, states []State) error {

@@ -9,9 +9,11 @@ import (
 	"math/bits"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/blkstream/blkstream/blk"
-	"github.com/blkstream/blkstream/blk/file"
+	"github.com/blkstream/blkstream/blk/image"
+	"github.com/blkstream/blkstream/blk/qcow2"
 	"github.com/blkstream/blkstream/config"
 	"github.com/blkstream/blkstream/copy/blockcopy"
 	"github.com/blkstream/blkstream/copy/control"
@@ -32,7 +34,7 @@ func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error)
 	now := k.record()
 	r := job.Record{ID: req.Id, Kind: kindCopy, Disk: req.Disk, Source: now.Image, Format: req.Format}
 	r.Options = job.Options{
-		Method: req.Method, Existing: req.Existing, SwitchMode: req.SwitchMode, Verify: req.Verify, Speed: req.Speed,
+		Method: req.Method, Existing: req.Existing, Base: req.Base, SwitchMode: req.SwitchMode, Verify: req.Verify, Speed: req.Speed,
 		Granularity: req.Granularity, OnSourceError: req.OnSourceError, OnTargetError: req.OnTargetError,
 	}
 	def := func(s *string, v string) {
@@ -51,11 +53,14 @@ func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error)
 	if req.Id != "" && !job.ValidID(req.Id) {
 		return fail("job id %q: use letters, digits, \"_\", \".\" and \"-\", at most 64", req.Id)
 	}
-	if r.Method != "mirror" || req.Base != "" {
-		return nil, job.Record{}, control.Errorf(control.ErrUnsupported, "only --method mirror without --base is supported yet")
+	if r.Method != "mirror" {
+		return nil, job.Record{}, control.Errorf(control.ErrUnsupported, "only --method mirror is supported yet")
 	}
-	if r.Format != "raw" {
-		return nil, job.Record{}, control.Errorf(control.ErrUnsupported, "format %q is not supported yet; raw is", r.Format)
+	if r.Format != image.Raw && r.Format != image.Qcow2 {
+		return nil, job.Record{}, control.Errorf(control.ErrUnsupported, "format %q is not supported yet; raw and qcow2 are", r.Format)
+	}
+	if req.Existing && (req.ClusterSize != 0 || req.LazyRefcounts || req.Compression != "" || req.Preallocation != "") {
+		return fail("the properties of an existing target cannot be chosen")
 	}
 	if r.SwitchMode != "manual" && r.SwitchMode != "auto" {
 		return fail("switch mode %q: it is manual or auto", r.SwitchMode)
@@ -122,54 +127,156 @@ func (d *Daemon) copy(req *control.CopyRequest) (*job.Job, error) {
 			j.Record().ID, k.spec.ID)
 	}
 	if !r.Existing {
-		var size int64
-		k.graph.View(func(n blk.Node) { size = n.Info().Size })
-		if err := file.Create(r.Target, size); err != nil {
-			if errors.Is(err, os.ErrExist) {
-				return nil, control.Errorf(control.ErrExists, "%s exists; use --existing to overwrite what it holds", r.Target)
-			}
+		if err := d.createTarget(k, req, r); err != nil {
 			return nil, err
 		}
 	}
-	j, err := d.startCopy(k, r, !r.Existing)
+	j, err := d.startCopy(k, r, !r.Existing, req.Compression != "")
 	if err != nil && !r.Existing {
 		err = errors.Join(err, os.Remove(r.Target))
 	}
 	return j, err
 }
 
-// startCopy opens the target and starts the job. blank: the target is new.
-func (d *Daemon) startCopy(k *disk, r job.Record, blank bool) (*job.Job, error) {
-	target, err := d.openImage(r.Target, r.Format, &k.spec)
+// createTarget makes the image that the disk is copied to.
+func (d *Daemon) createTarget(k *disk, req *control.CopyRequest, r job.Record) error {
+	img := k.image()
+	o := image.CreateOptions{Format: r.Format, CreateOptions: qcow2.CreateOptions{
+		Size: img.Root.Info().Size, ClusterSize: req.ClusterSize, LazyRefcounts: req.LazyRefcounts,
+		Compression: req.Compression, Preallocation: req.Preallocation,
+	}}
+	if r.Base != "" {
+		i, err := findBase(img, r.Base)
+		if err != nil {
+			return err
+		}
+		o.BackingFile, o.BackingFormat = img.Chain[i].Path, img.Chain[i].Format
+	}
+	err := image.Create(context.Background(), r.Target, o)
+	switch {
+	case errors.Is(err, os.ErrExist):
+		return control.Errorf(control.ErrExists, "%s exists; use --existing to overwrite what it holds", r.Target)
+	case errors.Is(err, blk.ErrInvalid):
+		return control.Errorf(control.ErrInvalid, "%w", err)
+	}
+	return err
+}
+
+// findBase is the place of the shared base in the chain of images, at least 1.
+func findBase(img *image.Image, base string) (int, error) {
+	var names []string
+	for i, m := range img.Chain {
+		switch {
+		case i == 0:
+		case sameFile(m.Path, base):
+			return i, nil
+		default:
+			names = append(names, m.Path)
+		}
+	}
+	if len(names) == 0 {
+		return 0, control.Errorf(control.ErrInvalid, "base %s: %s has no backing image", base, img.Chain[0].Path)
+	}
+	return 0, control.Errorf(control.ErrInvalid, "base %s: it is not behind %s; what is: %s", base, img.Chain[0].Path, strings.Join(names, ", "))
+}
+
+// startCopy opens the target and starts the job. blank: the target is new; pack: it is compressed in the bulk stage.
+func (d *Daemon) startCopy(k *disk, r job.Record, blank, pack bool) (*job.Job, error) {
+	source := k.image()
+	target, err := d.openImage(r.Target, r.Format, &k.spec, k.graph, nil, false)
 	if err != nil {
 		return nil, err
 	}
-	var size int64
-	k.graph.View(func(n blk.Node) { size = n.Info().Size })
-	if t := target.Info().Size; t < size {
-		return nil, errors.Join(control.Errorf(control.ErrInvalid, "%s has %d bytes, disk %q has %d: make the target larger",
-			r.Target, t, k.spec.ID, size), target.Close())
+	s := blockcopy.Setup{
+		Graph:  k.graph,
+		Target: target.Root,
+		Blank:  blank && r.Base == "",
+		Commit: func() error { return k.moveTo(r.Target, r.Format) },
+		Hint:   k.hint(r.Target, r.Format),
 	}
+	if err := checkTarget(k, source, target, r, &s); err != nil {
+		return nil, errors.Join(err, target.Close())
+	}
+	if q, ok := target.Root.(*qcow2.Node); ok && pack {
+		s.Pack, s.PackUnit = q.WriteCompressed, target.Chain[0].Header.ClusterSize()
+	}
+	if left := notCopied(source, int(s.Base)); left != "" {
+		r.Message = left
+		s.Hint += "; " + left
+		d.opts.Log.Warn(left, "disk", k.spec.ID)
+	}
+	s.Release = func(n blk.Node) error {
+		if n == target.Root {
+			return target.Close()
+		}
+		k.mu.Lock()
+		k.img = target
+		k.mu.Unlock()
+		return source.Close()
+	}
+	if err := k.hold(true); err != nil {
+		return nil, errors.Join(err, target.Close())
+	}
+	size := source.Root.Info().Size
 	j, err := d.jobs.Start(r, func(ctx context.Context, j *job.Job) error {
-		err := blockcopy.Run(ctx, j, blockcopy.Setup{
-			Graph:  k.graph,
-			Target: target,
-			Blank:  blank,
-			Commit: func() error { return k.moveTo(r.Target, r.Format) },
-			Hint:   k.hint(r.Target, r.Format),
-		})
-		if err == nil && target.Info().Size != size {
-			k.dev.SetSize(target.Info().Size)
+		defer k.hold(false) //nolint:errcheck // what is locked too long harms nobody
+		err := blockcopy.Run(ctx, j, s)
+		if now := target.Root.Info().Size; err == nil && now != size {
+			k.dev.SetSize(now)
 			k.server.ConfigChanged()
 		}
 		d.logEnd(j, err)
 		return err
 	})
 	if err != nil {
-		return nil, errors.Join(err, target.Close())
+		return nil, errors.Join(err, target.Close(), k.hold(false))
 	}
 	d.opts.Log.Info("copy started", "job", j.Record().ID, "disk", k.spec.ID, "target", r.Target)
 	return j, nil
+}
+
+// checkTarget refuses a target that does not fit, and finds the shared base.
+func checkTarget(k *disk, source, target *image.Image, r job.Record, s *blockcopy.Setup) error {
+	if have, need := target.Root.Info().Size, source.Root.Info().Size; have < need {
+		return control.Errorf(control.ErrInvalid, "%s has %d bytes, disk %q has %d: make the target larger", r.Target, have, k.spec.ID, need)
+	}
+	for _, m := range target.Chain {
+		if sameFile(m.Path, source.Chain[0].Path) {
+			return control.Errorf(control.ErrInvalid, "%s lies over %s, the image of disk %q, which would change under it", r.Target, m.Path, k.spec.ID)
+		}
+	}
+	if r.Base == "" {
+		return nil
+	}
+	base, err := findBase(source, r.Base)
+	if err != nil {
+		return err
+	}
+	if len(target.Chain) < 2 || !sameFile(target.Chain[1].Path, source.Chain[base].Path) {
+		return control.Errorf(control.ErrInvalid, "%s does not lie over the base %s", r.Target, r.Base)
+	}
+	s.Base = uint16(base)
+	return nil
+}
+
+// notCopied names what the images hold besides the disk's contents, and what a copy therefore leaves behind.
+func notCopied(source *image.Image, base int) string {
+	var left []string
+	for i, m := range source.Chain {
+		if base > 0 && i >= base || m.Header == nil {
+			continue
+		}
+		if n := m.Header.SnapshotCount; n > 0 {
+			left = append(left, fmt.Sprintf("%d internal snapshots of %s", n, m.Path))
+		}
+		if n := m.Header.Bitmaps.Count; n > 0 {
+			left = append(left, fmt.Sprintf("%d dirty bitmaps of %s", n, m.Path))
+		}
+	}
+	if len(left) == 0 {
+		return ""
+	}
+	return "not copied: " + strings.Join(left, ", ")
 }
 
 func (d *Daemon) logEnd(j *job.Job, err error) {
@@ -215,7 +322,7 @@ func (d *Daemon) resumeJob(r job.Record) error {
 	r.Source, r.TargetConsistent, r.Stage, r.Error = k.record().Image, false, "", ""
 	r.Message = "started again from the beginning after a restart of the daemon"
 	r.BytesDone, r.BytesTotal, r.VerifiedBytes = 0, 0, 0
-	j, err := d.startCopy(k, r, false)
+	j, err := d.startCopy(k, r, false, false)
 	if err == nil && paused {
 		err = j.Pause()
 	}

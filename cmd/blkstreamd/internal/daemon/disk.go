@@ -18,6 +18,8 @@ import (
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/file"
+	"github.com/blkstream/blkstream/blk/image"
+	"github.com/blkstream/blkstream/blk/qcow2"
 	"github.com/blkstream/blkstream/blk/raw"
 	"github.com/blkstream/blkstream/config"
 	"github.com/blkstream/blkstream/copy/control"
@@ -49,13 +51,13 @@ type disk struct {
 	cancel context.CancelFunc
 	served chan struct{} // closed when the socket is served no more
 
+	holdMu sync.Mutex // held over locking and unlocking the image
+	holds  int        // who needs the image's locks: the guest's queues, a job, a resize
+
 	mu  sync.Mutex
 	rec record
+	img *image.Image // what the guest is on
 }
-
-// defaultPoll is how long a queue looks for work before it sleeps when the configuration does not say: QEMU's
-// default for an iothread.
-const defaultPoll = 32 * time.Microsecond
 
 func (d *Daemon) ctx() context.Context { return context.Background() }
 
@@ -76,6 +78,10 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 			"write image = %q, or, if you are sure that %s holds the disk, remove %s/%s/%s.json",
 			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, spec.Image, r.Image, spec.Image,
 			d.file.Daemon.StateDir, recordKind, spec.ID)
+	case found && spec.Format != r.Format && len(r.Moved) > 0:
+		// Under the wrong format the guest would read the right one's metadata, and overwrite it.
+		return fmt.Errorf("%s:%d: disk %q was moved to %s, which is %s, but the configuration says %s: write format = %q",
+			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, r.Format, spec.Format, r.Format)
 	default:
 		r = record{Image: spec.Image, Format: spec.Format}
 		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
@@ -114,56 +120,119 @@ func (d *Daemon) startAdded() error {
 	return nil
 }
 
-// openImage opens an image and its format.
-func (d *Daemon) openImage(image, format string, spec *config.Disk) (*raw.Node, error) {
-	if err := config.CheckRoots(image, d.file.Daemon.ImageRoots); err != nil {
-		return nil, control.Errorf(control.ErrInvalid, "%w", err)
+// lockRunning is the value of a disk's lock key with which its image is locked only while somebody uses it.
+const lockRunning = "running"
+
+// lockPatience is how long a disk waits for its image's locks at the start.
+const lockPatience = 2 * time.Second
+
+// hold takes the image's locks for one more user of the disk, or gives them up for one less. With lock = "running" an
+// image without users is not locked: in a live migration the other host's daemon opens it before the guest stops here,
+// and locks it when the guest goes on there.
+func (k *disk) hold(on bool) error {
+	if k.spec.Lock != lockRunning {
+		return nil
 	}
-	if format != "raw" {
-		return nil, control.Errorf(control.ErrUnsupported, "%s: format %q is not supported", image, format)
+	k.holdMu.Lock()
+	defer k.holdMu.Unlock()
+	users := k.holds
+	if on {
+		users++
+	} else {
+		users--
 	}
-	f, err := file.Open(image, file.Options{
+	if min(users, k.holds) == 0 {
+		var root blk.Node
+		k.graph.View(func(n blk.Node) { root = n })
+		// A filter is only there while a job runs, or if it could not be removed: the image then stays locked.
+		if image, ok := root.(*raw.Node); ok {
+			lock := image.Unlock
+			if on {
+				lock = image.Lock
+			}
+			if err := lock(); err != nil {
+				return err
+			}
+		}
+	}
+	k.holds = users
+	return nil
+}
+
+// openImage opens an image with all that is behind it. g is the graph that it will be in, backing names images behind
+// it; unlocked: without the locks that keep writers out.
+func (d *Daemon) openImage(path, format string, spec *config.Disk, g *blk.Graph, backing []config.Layer, unlocked bool) (*image.Image, error) {
+	o := image.Options{
 		ReadOnly: spec.ReadOnly,
 		Direct:   spec.Cache == "none",
 		NoSync:   spec.Cache == "unsafe",
+		Unlocked: unlocked,
 		Align:    int64(spec.BlockSize),
-	})
-	if err != nil {
-		if errors.Is(err, file.ErrInUse) {
-			err = control.Errorf(control.ErrPrecondition, "%w", err)
-		}
+		Check:    d.checkRoots,
+		Cache:    qcow2.NewCache(spec.MetadataCache),
+		Barrier:  g.Barrier,
+	}
+	for _, l := range backing {
+		o.Backing = append(o.Backing, image.Layer{Path: l.Image, Format: l.Format})
+	}
+	img, err := image.Open(blk.NewTask(), path, format, o)
+	switch {
+	case errors.Is(err, file.ErrInUse), errors.Is(err, qcow2.ErrCorrupt):
+		return nil, control.Errorf(control.ErrPrecondition, "%w", err)
+	case errors.Is(err, image.ErrFormat), errors.Is(err, qcow2.ErrFeature):
+		return nil, control.Errorf(control.ErrUnsupported, "%w", err)
+	case errors.Is(err, image.ErrNoFormat), errors.Is(err, image.ErrName), errors.Is(err, image.ErrLoop),
+		errors.Is(err, image.ErrDepth), errors.Is(err, qcow2.ErrFormat):
+		return nil, control.Errorf(control.ErrInvalid, "%w", err)
+	case err != nil:
 		return nil, err
 	}
-	for _, w := range f.Warnings() {
-		d.opts.Log.Warn(w, "image", image)
+	for _, w := range img.Warnings() {
+		d.opts.Log.Warn(w, "image", path)
 	}
-	return raw.Open(f), nil
+	return img, nil
+}
+
+func (d *Daemon) checkRoots(path string) error {
+	if err := config.CheckRoots(path, d.file.Daemon.ImageRoots); err != nil {
+		return control.Errorf(control.ErrInvalid, "%w", err)
+	}
+	return nil
 }
 
 // startDisk opens the image and serves the socket.
 func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
-	root, err := d.openImage(r.Image, r.Format, &spec)
+	k := &disk{d: d, spec: spec, rec: r, graph: blk.NewGraph(nil), served: make(chan struct{})}
+	var backing []config.Layer
+	if r.Image == spec.Image {
+		backing = spec.Backing // of another image the configuration says nothing
+	}
+	img, err := d.openImage(r.Image, r.Format, &spec, k.graph, backing, spec.Lock == lockRunning)
+	// A daemon that was killed keeps its locks until the kernel has finished its I/O.
+	for deadline := time.Now().Add(lockPatience); errors.Is(err, file.ErrInUse) && time.Now().Before(deadline); {
+		time.Sleep(20 * time.Millisecond)
+		img, err = d.openImage(r.Image, r.Format, &spec, k.graph, backing, spec.Lock == lockRunning)
+	}
 	if err != nil {
 		return nil, err
 	}
-	size := root.Info().Size
+	size := img.Root.Info().Size
 	if size%int64(spec.BlockSize) != 0 {
 		return nil, errors.Join(control.Errorf(control.ErrInvalid, "%s: its size, %d bytes, is not a multiple of block_size %d",
-			r.Image, size, spec.BlockSize), root.Close())
+			r.Image, size, spec.BlockSize), img.Close())
 	}
-	k := &disk{d: d, spec: spec, rec: r, graph: blk.NewGraph(root), served: make(chan struct{})}
-	poll := defaultPoll
-	if spec.PollUS > 0 {
-		poll = time.Duration(spec.PollUS) * time.Microsecond
+	k.img = img
+	if err := k.graph.Change(context.Background(), func(tx *blk.Tx) error { tx.SetRoot(img.Root); return nil }); err != nil {
+		return nil, errors.Join(err, img.Close())
 	}
 	k.dev = vblk.New(k.graph, size, vblk.Options{
 		ID: spec.ID, Serial: spec.Serial, Queues: spec.Queues, Depth: spec.QueueSize, BlockSize: spec.BlockSize,
 		ReadOnly: spec.ReadOnly, Discard: spec.Discard, WriteThrough: spec.Cache == "writethrough",
-		PollMax: poll, NoURing: os.Getenv("BLKSTREAM_NO_URING") != "", Log: d.opts.Log,
+		Use: k.hold, PollMax: time.Duration(spec.PollUS) * time.Microsecond, NoURing: os.Getenv("BLKSTREAM_NO_URING") != "", Log: d.opts.Log,
 	})
 	k.server = vhostuser.NewServer(k.dev, vhostuser.Options{Logger: d.opts.Log.With("disk", spec.ID)})
 	if err := k.serve(); err != nil {
-		return nil, errors.Join(err, root.Close())
+		return nil, errors.Join(err, img.Close())
 	}
 	d.mu.Lock()
 	d.disks[spec.ID] = k
@@ -244,7 +313,16 @@ func (k *disk) stop() error {
 	if !root.Info().ReadOnly {
 		err = errors.Join(err, blk.Do(blk.NewTask(), root, &blk.Request{Op: blk.OpFlush}))
 	}
-	return errors.Join(err, root.Close())
+	if root != k.image().Root {
+		return errors.Join(err, fmt.Errorf("disk %q: a job's filter could not be removed, its images stay open", k.spec.ID))
+	}
+	return errors.Join(err, k.image().Close())
+}
+
+func (k *disk) image() *image.Image {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.img
 }
 
 func (k *disk) record() record {
@@ -297,12 +375,18 @@ func (k *disk) resize(ctx context.Context, size int64) error {
 	if k.spec.ReadOnly {
 		return control.Errorf(control.ErrPrecondition, "disk %q is read-only", k.spec.ID)
 	}
+	if err := k.hold(true); err != nil {
+		return err
+	}
+	defer k.hold(false) //nolint:errcheck // what is locked too long harms nobody
 	err := k.graph.Change(ctx, func(tx *blk.Tx) error {
-		root, ok := tx.Root().(*raw.Node)
+		root, ok := tx.Root().(interface {
+			Resize(t *blk.Task, size int64, shrink bool) error
+		})
 		if !ok {
 			return control.Errorf(control.ErrPrecondition, "disk %q: a job works on it, wait for its end or cancel it", k.spec.ID)
 		}
-		if old := root.Info().Size; size < old {
+		if old := tx.Root().Info().Size; size < old {
 			return control.Errorf(control.ErrInvalid, "disk %q has %d bytes: making it smaller would cut data off", k.spec.ID, old)
 		}
 		return root.Resize(blk.NewTask(), size, false)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/blkstream/blkstream/config"
@@ -20,6 +21,9 @@ var _ control.ControlService = (*service)(nil)
 
 // changeWait bounds how long a command waits for a guest's requests in flight.
 const changeWait = 30 * time.Second
+
+// cancelWait is how long a command waits for a job to end.
+const cancelWait = 10 * time.Second
 
 // kind makes an error of the jobs one of the control socket's.
 func kind(err error) error {
@@ -93,7 +97,7 @@ func (s *service) DiskAdd(_ context.Context, r *control.DiskAddRequest) (*contro
 	defer s.d.changes.Unlock()
 	spec := config.NewDisk()
 	spec.ID, spec.Socket, spec.Image, spec.Format = r.Id, r.Socket, r.Image, r.Format
-	spec.ReadOnly, spec.Serial, spec.PollUS = r.ReadOnly, r.Serial, int(r.PollUs)
+	spec.ReadOnly, spec.Serial = r.ReadOnly, r.Serial
 	if r.Queues != 0 {
 		spec.Queues = int(r.Queues)
 	}
@@ -109,8 +113,15 @@ func (s *service) DiskAdd(_ context.Context, r *control.DiskAddRequest) (*contro
 	if r.Discard != nil {
 		spec.Discard = *r.Discard
 	}
+	if r.PollUs != nil {
+		spec.PollUS = int(*r.PollUs)
+	}
 	if err := spec.Validate(); err != nil {
 		return nil, control.Errorf(control.ErrInvalid, "%w", err)
+	}
+	if strings.HasPrefix(spec.Socket, "fd:") {
+		return nil, control.Errorf(control.ErrInvalid, "socket %q: descriptors are for disks of the configuration, "+
+			"which the daemon inherits when it is started", spec.Socket)
 	}
 	for _, k := range s.d.list() {
 		if k.spec.ID == spec.ID {
@@ -259,7 +270,16 @@ func (s *service) JobResume(_ context.Context, r *control.JobResumeRequest) (*co
 }
 
 func (s *service) JobCancel(ctx context.Context, r *control.JobCancelRequest) (*control.Job, error) {
-	return s.command(r.Id, func(j *job.Job) error { return j.Cancel(ctx) })
+	ctx, cancel := context.WithTimeout(ctx, cancelWait)
+	defer cancel()
+	return s.command(r.Id, func(j *job.Job) error {
+		err := j.Cancel(ctx)
+		if errors.Is(err, context.DeadlineExceeded) {
+			return control.Errorf(err, "job %s is being cancelled, but its storage has not answered yet: "+
+				"it ends when that does; follow it with: blkstream job watch %s", r.Id, r.Id)
+		}
+		return err
+	})
 }
 
 func (s *service) JobSpeed(_ context.Context, r *control.JobSpeedRequest) (*control.Job, error) {
@@ -314,6 +334,6 @@ func message(r job.Record) *control.Job {
 		Error: r.Error, Message: r.Message, BytesDone: r.BytesDone, BytesTotal: r.BytesTotal, Rate: r.Rate, DirtyRate: r.DirtyRate,
 		EtaSeconds: r.ETASeconds, Converging: r.Converging, Speed: r.Speed, Granularity: r.Granularity,
 		TargetConsistent: r.TargetConsistent, Verify: r.Verify, VerifiedBytes: r.VerifiedBytes, StartedMs: r.StartedMS, EndedMs: r.EndedMS,
-		SwitchMode: r.SwitchMode, OnSourceError: r.OnSourceError, OnTargetError: r.OnTargetError, Method: r.Method,
+		SwitchMode: r.SwitchMode, OnSourceError: r.OnSourceError, OnTargetError: r.OnTargetError, Method: r.Method, Base: r.Base,
 	}
 }

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/file"
+	"github.com/blkstream/blkstream/blk/qcow2"
+)
+
+// CreateOptions of Create. The qcow2 part is for that format only, except Size and Preallocation.
+type CreateOptions struct {
+	Format string
+	// Size in bytes is rounded up to whole sectors. Negative: that of the backing image.
+	qcow2.CreateOptions
+	// Existing takes a file or device that is there already, and drops what it holds. Otherwise it must not exist.
+	Existing bool
+	Check    func(path string) error
+}
+
+// Preallocation modes.
+const (
+	preallocOff      = "off"
+	preallocMetadata = "metadata"
+	preallocFalloc   = "falloc"
+	preallocFull     = "full"
+)
+
+// Create makes an image. If it fails, files that it made are gone again.
+func Create(ctx context.Context, path string, o CreateOptions) (err error) {
+	t := blk.NewTask()
+	if o.Check != nil {
+		if err := o.Check(path); err != nil {
+			return err
+		}
+	}
+	if err := o.complete(t, path); err != nil {
+		return fmt.Errorf("create image %q: %w", path, err)
+	}
+	var made []string
+	defer func() {
+		if err == nil {
+			return
+		}
+		for _, p := range made {
+			err = errors.Join(err, os.Remove(p))
+		}
+	}()
+	f, err := o.storage(t, path, o.Format == Qcow2, &made)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if o.Format == Raw {
+		return makeRaw(ctx, t, f, o.Size, o.Preallocation)
+	}
+	if o.DataFile != "" {
+		if err := o.makeDataFile(ctx, t, path, &made); err != nil {
+			return err
+		}
+	}
+	if err := qcow2.Create(t, f, o.CreateOptions); err != nil {
+		return fmt.Errorf("create image %q: %w", path, err)
+	}
+	return flush(t, f)
+}
+
+// complete checks the options and finds out the size.
+func (o *CreateOptions) complete(t *blk.Task, path string) error {
+	switch o.Format {
+	case Qcow2:
+	case Raw:
+		q := o.CreateOptions
+		q.Size, q.Preallocation = 0, ""
+		if q != (qcow2.CreateOptions{}) {
+			return fmt.Errorf("a raw image has no other properties than its size and preallocation: %w", blk.ErrInvalid)
+		}
+	default:
+		return fmt.Errorf("%q: %w (there are raw and qcow2)", o.Format, ErrFormat)
+	}
+	if o.BackingFile == "" && o.BackingFormat != "" {
+		return fmt.Errorf("a backing format without a backing file: %w", blk.ErrInvalid)
+	}
+	if o.BackingFile != "" {
+		size, err := o.backingSize(t, path)
+		if err != nil {
+			return err
+		}
+		if o.Size < 0 {
+			o.Size = size
+		}
+	}
+	if o.Size < 0 {
+		return fmt.Errorf("no size is given: %w", blk.ErrInvalid)
+	}
+	if o.Size > maxSize {
+		return fmt.Errorf("a size of %d bytes, more than %d: %w", o.Size, int64(maxSize), blk.ErrInvalid)
+	}
+	o.Size = roundUp(o.Size, blk.SectorSize)
+	return nil
+}
+
+// maxSize is what fits a file's offset, in whole sectors.
+const maxSize = 1<<63 - blk.SectorSize
+
+// backingSize opens the whole chain once: a name or format that does not fit shows now and not when a guest starts.
+func (o *CreateOptions) backingSize(t *blk.Task, path string) (int64, error) {
+	resolved, err := Resolve(path, o.BackingFile)
+	if err != nil {
+		return 0, fmt.Errorf("backing file %w", err)
+	}
+	if o.BackingFormat == "" {
+		return 0, fmt.Errorf("backing file %q has no format given, and %w", o.BackingFile, ErrNoFormat)
+	}
+	b, err := Open(t, resolved, o.BackingFormat, Options{ReadOnly: true, Check: o.Check})
+	if err != nil {
+		return 0, err
+	}
+	size := b.Root.Info().Size
+	return size, b.Close()
+}
+
+// storage opens the empty file that becomes the image, made now or by someone else.
+func (o *CreateOptions) storage(t *blk.Task, path string, grows bool, made *[]string) (*file.Node, error) {
+	if !o.Existing {
+		if err := file.Create(path, 0); err != nil {
+			return nil, err
+		}
+		*made = append(*made, path)
+	}
+	f, err := file.Open(path, file.Options{Grows: grows})
+	if err != nil {
+		return nil, err
+	}
+	if err := f.Resize(t, 0, true); err != nil && !errors.Is(err, blk.ErrNotSupported) { // a device keeps its size
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// makeDataFile makes the external data file, of the disk's size from the start.
+func (o *CreateOptions) makeDataFile(ctx context.Context, t *blk.Task, path string, made *[]string) error {
+	resolved, err := Resolve(path, o.DataFile)
+	if err != nil {
+		return fmt.Errorf("create image %q: data file %w", path, err)
+	}
+	if o.Check != nil {
+		if err := o.Check(resolved); err != nil {
+			return err
+		}
+	}
+	f, err := o.storage(t, resolved, false, made)
+	if err != nil {
+		return err
+	}
+	prealloc := o.Preallocation
+	if prealloc == preallocMetadata {
+		prealloc = preallocOff
+	}
+	return errors.Join(makeRaw(ctx, t, f, o.Size, prealloc), f.Close())
+}
+
+// makeRaw gives an empty file its size, and space if that is asked for.
+func makeRaw(ctx context.Context, t *blk.Task, f *file.Node, size int64, prealloc string) error {
+	err := f.Resize(t, size, false)
+	if errors.Is(err, blk.ErrNotSupported) && f.Info().Size >= size {
+		err = nil // a device that is large enough
+	}
+	if err != nil {
+		return err
+	}
+	switch prealloc {
+	case "", preallocOff:
+	case preallocFalloc:
+		if size == 0 {
+			break
+		}
+		x, _ := f.TryMap(blk.OpFlush, 0, 0) // always gives the file
+		if err := t.Fallocate(x.Host, 0, 0, size); err != nil {
+			return fmt.Errorf("allocate space for %q: %w", f.Info().Name, err)
+		}
+	case preallocFull:
+		err := sweep(ctx, size, sweepStep, nil, nil, func(t *blk.Task, off, n int64) error {
+			return write(t, f, zeros(n), off)
+		})
+		if err != nil {
+			return err
+		}
+	default:
+		return fmt.Errorf("preallocation %q of a raw image: %w", prealloc, blk.ErrInvalid)
+	}
+	return flush(t, f)
+}
