@@ -113,6 +113,9 @@ func small(refcountBits int) CreateOptions {
 }
 
 func TestDamage(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long, and nothing in it happens at once")
+	}
 	for _, d := range damages {
 		for _, refcountBits := range []int{2, 16, 64} {
 			for _, window := range []int64{1, checkWindow} {
@@ -194,6 +197,9 @@ func assertLowered(t *testing.T, before *anImage, now []byte) {
 
 // TestRepairCrash: after a power cut anywhere in a repair, another repair ends well.
 func TestRepairCrash(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long, and nothing in it happens at once")
+	}
 	rng := rand.New(rand.NewPCG(7, 7))
 	for _, d := range damages {
 		if d.stays {
@@ -251,6 +257,9 @@ func must(r CheckResult, err error) CheckResult {
 
 // TestRepairFaults: an error of the storage ends a repair with that error, and the next one repairs.
 func TestRepairFaults(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long, and nothing in it happens at once")
+	}
 	for _, name := range []string{"no refcount block", "count of a data cluster too low", "a cluster twice", "dirty"} {
 		for _, d := range damages {
 			if d.name != name {

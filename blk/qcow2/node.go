@@ -18,8 +18,9 @@
 // memory holds, before any other metadata is changed.
 //
 // Locks, in the order in which they may be taken; all but the last two are task locks and may be held over I/O:
-// guest ranges (Node.clusters), loading or making a table (Node.loads), reference counts (Node.alloc), settling
-// (Node.settling), one of {L1, blocks of an L2 table, header}, syncing; Cache.mu, Node.mu.
+// Node.resizing, guest ranges (Node.clusters), loading or making a table (Node.loads), the packer, reference counts
+// (Node.alloc), settling, one of {L1, blocks of an L2 table, a refcount block, header}, making a file longer, flushing;
+// Cache.mu, Node.mu.
 // Whoever is counted in Node.users waits for none of them.
 package qcow2
 
@@ -88,11 +89,11 @@ type Node struct {
 	growData  taskLock    // the data file
 	refWrites taskLock    // a refcount block is changed and written
 	fixed     atomic.Bool // the storage has one size
-	alloc     taskLock    // refs, scan, batch, and whoever changes counts
+	alloc     taskLock    // refs, scan, batch, and whoever changes counts: all down to maxBatch
 	refs      atomic.Pointer[refTable]
 	scan      int64 // no cluster below is free, as far as we know
 	batch     int64 // clusters to reserve next time
-	maxBatch  int64
+	maxBatch  int64 // bounds batch
 	packer    packer
 	unpacked  unpackCache
 
