@@ -19,7 +19,7 @@ LINT_VERSION = v2.15.0
 LINT = $(or $(BLKSTREAM_CACHE),$(CURDIR)/.cache)/bin/golangci-lint-$(LINT_VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help build install test setup check fmt unit race e2e lint fuzz bench demo soak clean
+.PHONY: help build install test setup check fmt unit race e2e interop lint fuzz bench demo soak clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ race: ## the same under the race detector, where there is concurrency
 
 e2e: ## Linux guests under QEMU against the real daemon
 	$(GO) test $(TESTFLAGS) -p 1 ./test/guest ./test/e2e
+
+interop: setup ## images against QEMU, the whole option matrix (30 minutes)
+	INTEROP=full $(GO) test -count=1 -timeout 2h ./test/interop
 
 lint: $(LINT) ## golangci-lint, built from the Go module proxy when it is missing
 	$(LINT) run

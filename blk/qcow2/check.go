@@ -24,7 +24,8 @@ import (
 // If nothing is, the dirty and the corrupt bit are cleared.
 //
 // A repair may be cut off anywhere. Reference counts are only ever set to what the references are, which a repair does
-// not change; so each step makes the image better or leaves it, in whatever order the disk writes.
+// not change, so each one written makes the image better, in whatever order. Copied bits follow when the counts are on
+// stable storage, and the header when everything else is.
 
 // Repair says what a check may change.
 type Repair int
@@ -58,8 +59,10 @@ func (f Finding) String() string { return fmt.Sprintf("%#x: %s", f.Offset, f.Wha
 const (
 	maxFindings = 100
 	// checkWindow is the number of clusters counted at once. Counts take 2 bytes a cluster and are kept twice, so a
-	// check uses at most 256 MiB for them, and 20 MiB for tables; images with fewer clusters need less.
+	// check uses at most 256 MiB for them, and 50 MiB for all else; images with fewer clusters need less. Each window
+	// goes once over the tables.
 	checkWindow = 64 << 20
+	maxWindows  = 256
 	// checkPiece is how much of a table is read at once, in bytes.
 	checkPiece = 1 << 20
 )
@@ -157,6 +160,10 @@ func newChecker(t *blk.Task, storage blk.Node, repair Repair, window int64) (*ch
 	}
 	c := &checker{t: t, storage: storage, h: h, lay: h.layout(), repair: repair}
 	c.end = roundUp(storage.Info().Size, h.ClusterSize()) >> h.ClusterBits
+	if c.end > maxWindows*checkWindow {
+		return nil, fmt.Errorf("qcow2: check a file of %d bytes in clusters of %d: more than %d of them: %w",
+			storage.Info().Size, h.ClusterSize(), int64(maxWindows*checkWindow), ErrTooLarge)
+	}
 	c.res.TotalClusters = roundUp(h.Size, h.ClusterSize()) >> h.ClusterBits
 	if err := c.load(); err != nil {
 		return nil, err
@@ -184,12 +191,11 @@ type checker struct {
 	bitmaps  []area  // bitmap tables
 	refTable []int64 // its entries, as they are
 
-	table   *blk.Buffer // one L2 table or refcount block
-	refs    *counts     // references into the window
-	l2s     *counts     // references from L1 tables
-	active  bitset      // clusters of l2s that are of the active L1 table
-	single  bitset      // clusters of refs whose reference count in the image is 1
-	changed bitset      // clusters of refs whose reference count we changed
+	table  *blk.Buffer // one L2 table or refcount block
+	refs   *counts     // references into the window
+	l2s    *counts     // references from L1 tables
+	active bitset      // clusters of l2s that are of the active L1 table
+	single bitset      // clusters of refs whose reference count in the image is 1
 
 	quiet   bool // over the L2 tables for another time: what is wrong with them was reported
 	l1Seen  bool // likewise of the L1 tables

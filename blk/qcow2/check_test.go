@@ -363,3 +363,17 @@ func TestCounts(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 }
+
+// TestCheckEndless: a file that claims to be enormous is refused, and not walked over for years.
+func TestCheckEndless(t *testing.T) {
+	s := newSparse()
+	if err := Create(blk.NewTask(), s, CreateOptions{Size: 1 << 20, ClusterSize: 512}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Resize(blk.NewTask(), 1<<60, false); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Check(blk.NewTask(), s, RepairNone); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("error %v", err)
+	}
+}

@@ -61,26 +61,54 @@ func (n *Node) heavy(t *blk.Task, fn func() error) error {
 	return t.Off(fn)
 }
 
+// What compresses and decompresses is costly to make and may be used again.
+var (
+	inflaters = sync.Pool{New: func() any { return flate.NewReader(nil) }}
+	deflaters = sync.Pool{New: func() any {
+		w, err := flate.NewWriterWindow(nil, deflateWindow)
+		if err != nil {
+			panic(err) // a constant is wrong
+		}
+		return w
+	}}
+	// Windows are as large as a cluster, at most; QEMU's may be larger by a power of two.
+	unzstds = sync.Pool{New: func() any {
+		d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderMaxWindow(8<<20))
+		if err != nil {
+			panic(err)
+		}
+		return d
+	}}
+	zstds = sync.OnceValue(func() *zstd.Encoder {
+		e, err := zstd.NewWriter(nil)
+		if err != nil {
+			panic(err)
+		}
+		return e
+	})
+)
+
 // unpackInto fills out. What follows in the input is others'.
 func unpackInto(kind uint8, out, in []byte) error {
-	var r io.Reader
+	var err error
 	switch kind {
 	case CompressionDeflate:
-		f := flate.NewReader(bytes.NewReader(in))
-		defer f.Close()
-		r = f
-	case CompressionZstd:
-		d, err := zstd.NewReader(bytes.NewReader(in), zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-			zstd.WithDecoderMaxWindow(max(uint64(len(out)), 1<<23)))
-		if err != nil {
-			return fmt.Errorf("zstd: %w", err)
+		f := inflaters.Get().(io.Reader)
+		defer inflaters.Put(f)
+		if err = f.(flate.Resetter).Reset(bytes.NewReader(in), nil); err == nil {
+			_, err = io.ReadFull(f, out)
 		}
-		defer d.Close()
-		r = d
+	case CompressionZstd:
+		d := unzstds.Get().(*zstd.Decoder)
+		defer unzstds.Put(d)
+		if err = d.Reset(bytes.NewReader(in)); err == nil {
+			_, err = io.ReadFull(d, out)
+		}
 	default:
 		return fmt.Errorf("compression type %d: %w", kind, ErrFeature)
 	}
-	if _, err := io.ReadFull(r, out); err != nil {
+	if err != nil {
 		return fmt.Errorf("unpack: %w", errors.Join(ErrFormat, err))
 	}
 	return nil
@@ -88,32 +116,29 @@ func unpackInto(kind uint8, out, in []byte) error {
 
 // pack returns nil if the data does not get smaller.
 func pack(kind uint8, data []byte) ([]byte, error) {
-	var (
-		out bytes.Buffer
-		w   io.WriteCloser
-		err error
-	)
+	var packed []byte
 	switch kind {
 	case CompressionDeflate:
-		w, err = flate.NewWriterWindow(&out, deflateWindow)
+		var out bytes.Buffer
+		w := deflaters.Get().(*flate.Writer)
+		defer deflaters.Put(w)
+		w.Reset(&out)
+		if _, err := w.Write(data); err != nil {
+			return nil, err
+		}
+		if err := w.Close(); err != nil {
+			return nil, err
+		}
+		packed = out.Bytes()
 	case CompressionZstd:
-		w, err = zstd.NewWriter(&out, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(max(len(data), zstd.MinWindowSize)))
+		packed = zstds().EncodeAll(data, nil)
 	default:
-		err = fmt.Errorf("compression type %d: %w", kind, ErrFeature)
+		return nil, fmt.Errorf("compression type %d: %w", kind, ErrFeature)
 	}
-	if err != nil {
-		return nil, err
-	}
-	if _, err := w.Write(data); err != nil {
-		return nil, err
-	}
-	if err := w.Close(); err != nil {
-		return nil, err
-	}
-	if out.Len() >= len(data) {
+	if len(packed) >= len(data) {
 		return nil, nil
 	}
-	return out.Bytes(), nil
+	return packed, nil
 }
 
 // unpackCache keeps the clusters that were unpacked last, as readers go through them in small steps.

@@ -211,7 +211,7 @@ func (n *Node) zeroed(o cluster, subs uint32, m zeroMode) cluster {
 		return o
 	}
 	o.alloc &^= subs
-	if m == keep && o.own() {
+	if m == keep && o.own() && !n.dataFile {
 		o.zero |= subs
 		return o
 	}

@@ -18,7 +18,7 @@ import (
 
 // Images in host files: the fast path.
 
-func openFile(t *testing.T, path string, direct, readOnly bool) blk.Node {
+func openFile(t testing.TB, path string, direct, readOnly bool) blk.Node {
 	t.Helper()
 	f, err := file.Open(path, file.Options{Direct: direct, Grows: true, ReadOnly: readOnly, Align: blk.SectorSize})
 	if err != nil {
@@ -45,7 +45,7 @@ func TestConformanceFile(t *testing.T) {
 }
 
 // diskImage is qemuImage on a real disk.
-func diskImage(t *testing.T, size int64, options string) string {
+func diskImage(t testing.TB, size int64, options string) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/var/tmp", "blkstream-test-")
 	if err != nil {

@@ -103,7 +103,11 @@ func (n *Node) TryMap(op blk.Op, off, l int64) (blk.Extent, bool) {
 		return blk.Extent{}, false
 	}
 	size := n.info.Load().Size
-	if off < 0 || l <= 0 || off >= size || op == blk.OpWrite && !n.inPlace.Load() {
+	if off < 0 || l <= 0 || off >= size {
+		return blk.Extent{}, false
+	}
+	// While the storage may hold another entry than memory, a write is not safe where memory says.
+	if op == blk.OpWrite && (!n.inPlace.Load() || n.doubts.Load() > 0) {
 		return blk.Extent{}, false
 	}
 	l = min(l, size-off)

@@ -40,6 +40,7 @@ type Options struct {
 	ReadOnly bool
 	Cache    *Cache // bounds the memory for tables; nil: a cache of the node's own with DefaultCacheBytes
 	// Barrier returns when all I/O has ended that was begun before on extents from TryMap; nil: there never is any.
+	// It must not wait for requests in Do: those wait for it.
 	Barrier func(t *blk.Task) error
 }
 
@@ -102,6 +103,7 @@ type Node struct {
 	limbo    []refRun           // not used any more but counted
 	suspects []suspect
 	unclean  atomic.Int32 // len(limbo) + len(suspects)
+	doubts   atomic.Int32 // len(suspects)
 	warnings []string
 }
 

@@ -20,7 +20,7 @@ import (
 )
 
 // qemu runs one of QEMU's tools and returns what it prints.
-func qemu(t *testing.T, args ...string) string {
+func qemu(t testing.TB, args ...string) string {
 	t.Helper()
 	path, err := exec.LookPath(args[0])
 	if err != nil {
@@ -86,7 +86,7 @@ func mustDo(t *testing.T, n blk.Node, r *blk.Request) {
 	}
 }
 
-func mustOpen(t *testing.T, storage blk.Node, o Options) *Node {
+func mustOpen(t testing.TB, storage blk.Node, o Options) *Node {
 	t.Helper()
 	n, err := Open(blk.NewTask(), storage, o)
 	if err != nil {
@@ -95,7 +95,7 @@ func mustOpen(t *testing.T, storage blk.Node, o Options) *Node {
 	return n
 }
 
-func mustClose(t *testing.T, n *Node) {
+func mustClose(t testing.TB, n *Node) {
 	t.Helper()
 	if err := n.Close(); err != nil {
 		t.Fatalf("close: %v", err)
@@ -608,6 +608,82 @@ func faulty(t *testing.T, n *Node, f *flaky, index int, rng *rand.Rand, contents
 	return f.failed > 0
 }
 
+// TestFaultsAtOnce has several workers meet random faults.
+func TestFaultsAtOnce(t *testing.T) {
+	const size, workers = 1 << 20, 4
+	contents := pattern(12, size)
+	raw := filepath.Join(tempDir(t), "base")
+	if err := os.WriteFile(raw, contents, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	rounds := 12
+	if testing.Short() {
+		rounds = 2
+	}
+	for _, options := range []string{"cluster_size=512", "cluster_size=4k,refcount_bits=64", "extended_l2=on,cluster_size=16k"} {
+		t.Run(options, func(t *testing.T) {
+			image := intoMemory(t, qemuImage(t, size, "backing_fmt=raw,backing_file="+raw+","+options)).Bytes()
+			base := intoMemory(t, raw)
+			for range rounds {
+				seed := rand.Uint64()
+				rng := rand.New(rand.NewPCG(seed, 10))
+				f := &flaky{Memory: blktest.NewMemory(int64(len(image))), rng: rng}
+				fillDisk(t, f.Memory, image)
+				n := reserveLittle(mustOpen(t, f, Options{Name: "test", Backing: base, Cache: NewCache(16 << 10)}))
+				f.fail = func(int) bool { return rng.IntN(60) == 0 }
+				model := bytes.Clone(contents)
+				unknown := make([]bool, size)
+				var wg sync.WaitGroup
+				for w := range int64(workers) {
+					rng := rand.New(rand.NewPCG(seed, uint64(w)+20))
+					wg.Go(func() {
+						for range 80 {
+							off := (rng.Int64N(size/4096/workers)*workers+w)*4096 + rng.Int64N(4)*512
+							l := (1 + rng.Int64N(4)) * 512
+							op := []blk.Op{blk.OpWrite, blk.OpWrite, blk.OpWriteZeroes, blk.OpDiscard, blk.OpFlush}[rng.IntN(5)]
+							r := &blk.Request{Op: op, Off: off, Len: l}
+							switch op {
+							case blk.OpWrite:
+								r.Data = blk.BytesVec(nil, pattern(rng.Uint64(), int(l)))
+								r.Data.CopyTo(model[off : off+l])
+							case blk.OpWriteZeroes:
+								clear(model[off : off+l])
+							case blk.OpFlush:
+								r.Off, r.Len, off, l = 0, 0, 0, 0
+							}
+							err := blk.Do(blk.NewTask(), n, r)
+							for i := off; i < off+l; i++ {
+								unknown[i] = err != nil || op == blk.OpDiscard
+							}
+						}
+					})
+				}
+				wg.Wait()
+				checkClean(t, f.Bytes(), true)
+				f.fail = nil
+				mustDo(t, n, &blk.Request{Op: blk.OpFlush})
+				for _, got := range [][]byte{readAll(t, n), reread(t, f.Bytes(), base)} {
+					for i := range got {
+						if !unknown[i] && got[i] != model[i] {
+							t.Fatalf("seed %d: byte %d is %#x, want %#x", seed, i, got[i], model[i])
+						}
+					}
+				}
+				mustClose(t, n)
+				checkClean(t, f.Bytes(), false)
+			}
+		})
+	}
+}
+
+// reread is what an image reads as when it is opened again.
+func reread(t *testing.T, image []byte, base blk.Node) []byte {
+	t.Helper()
+	m := blktest.NewMemory(int64(len(image)))
+	fillDisk(t, m, image)
+	return readAll(t, mustOpen(t, m, Options{Name: "test", Backing: base, ReadOnly: true}))
+}
+
 // TestPowerCut cuts the power at every point of a history and looks at what is left.
 func TestPowerCut(t *testing.T) {
 	contents := pattern(11, 1<<20)
@@ -732,9 +808,7 @@ func (h *history) change(n blk.Node, op blk.Op, off int64, b []byte) {
 func (h *history) killed(image []byte, base blk.Node) {
 	h.t.Helper()
 	checkClean(h.t, image, true)
-	m := blktest.NewMemory(int64(len(image)))
-	fillDisk(h.t, m, image)
-	got := readAll(h.t, mustOpen(h.t, m, Options{Name: "test", Backing: base, ReadOnly: true}))
+	got := reread(h.t, image, base)
 	for i, v := range h.sectors {
 		if !bytes.Equal(v[len(v)-1].data, got[i*512:i*512+512]) {
 			h.t.Fatalf("killed: sector %d holds %x…", i, got[i*512:i*512+8])

@@ -11,6 +11,8 @@ import (
 	"github.com/blkstream/blkstream/blk"
 )
 
+var errRefTable = fmt.Errorf("qcow2: rebuild the reference counts: a table of more than %d bytes: %w", maxRefTableBytes, ErrTooLarge)
+
 // rebuildRefcounts writes a new refcount table with new blocks behind the end of the file, and makes the header point
 // there when all of it is on stable storage. A crash before leaves the old ones in use, and the file longer. The old
 // ones are free space afterwards.
@@ -22,6 +24,9 @@ func rebuildRefcounts(t *blk.Task, storage blk.Node, window int64) error {
 	defer c.table.Free()
 	c.noRefs = true
 	per := int64(1) << c.h.refBlockBits()
+	if 8*(c.end/per) >= maxRefTableBytes {
+		return errRefTable
+	}
 	var (
 		table []byte
 		next  = c.end       // the cluster for the next block
@@ -73,7 +78,7 @@ func rebuildRefcounts(t *blk.Task, storage blk.Node, window int64) error {
 		break
 	}
 	if tableClusters<<c.h.ClusterBits > maxRefTableBytes {
-		return fmt.Errorf("qcow2: rebuild the reference counts: a table of more than %d bytes: %w", maxRefTableBytes, ErrTooLarge)
+		return errRefTable
 	}
 	from := c.end
 	for block := last; block < last+blocks; block++ {

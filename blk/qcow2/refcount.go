@@ -33,6 +33,9 @@ const maxScan = 4
 // maxLimbo is the number of runs of clusters that may wait for their counts to be dropped.
 const maxLimbo = 4096
 
+// maxSnapshotClusters bounds the memory for where the L1 tables of snapshots are.
+const maxSnapshotClusters = 1 << 21
+
 // run is neighbouring host clusters.
 type run struct {
 	host  int64 // byte offset
@@ -156,7 +159,11 @@ func (n *Node) noteMetadata(t *blk.Task) error {
 		return err
 	}
 	note(h.SnapshotsOffset, size)
+	var clusters int64
 	for _, s := range snapshots {
+		if clusters += int64(s.L1Size)*8>>n.clusterBits + 1; clusters > maxSnapshotClusters {
+			return fmt.Errorf("L1 tables of snapshots of more than %d clusters: %w", maxSnapshotClusters, ErrFeature)
+		}
 		note(s.L1Offset, int64(s.L1Size)*8)
 	}
 	return nil
@@ -397,10 +404,16 @@ func (n *Node) takeBack(done []refRun) {
 
 // notMetadata is the last look before clusters are used for something new.
 func (n *Node) notMetadata(t *blk.Task, first, count int64) error {
+	bad := int64(-1)
+	n.mu.Lock()
 	for c := first; c < first+count; c++ {
-		if n.isMetadata(c << n.clusterBits) {
-			return n.damage(t, "the cluster at %#x holds a table and is not counted", c<<n.clusterBits)
+		if n.isMetadataLocked(c << n.clusterBits) {
+			bad = c << n.clusterBits
 		}
+	}
+	n.mu.Unlock()
+	if bad >= 0 {
+		return n.damage(t, "the cluster at %#x holds a table and is not counted", bad)
 	}
 	return nil
 }

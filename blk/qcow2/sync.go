@@ -111,11 +111,12 @@ func (n *Node) suspect(s suspect) {
 	defer n.mu.Unlock()
 	n.suspects = append(n.suspects, s)
 	n.unclean.Add(1)
+	n.doubts.Add(1)
 }
 
 // settle repeats what is suspect and makes it durable. Until it succeeds no metadata may be changed.
 func (n *Node) settle(t *blk.Task) error {
-	if n.unclean.Load() == 0 {
+	if n.doubts.Load() == 0 {
 		return nil
 	}
 	defer n.settling.lock(t)()
@@ -148,6 +149,7 @@ func (n *Node) settle(t *blk.Task) error {
 		}
 	}
 	n.unclean.Add(int32(-len(todo)))
+	n.doubts.Add(int32(-len(todo)))
 	return nil
 }
 

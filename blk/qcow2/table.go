@@ -178,6 +178,8 @@ func (n *Node) install(tab *table) {
 func (n *Node) checkTable(tab *table) (found int) {
 	found = -1
 	w := tab.layout.words
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	for j := range tab.entries() {
 		c, _ := tab.at(j)
 		guest := tab.l1Index<<n.l1Shift + int64(j)<<n.clusterBits
@@ -189,7 +191,7 @@ func (n *Node) checkTable(tab *table) (found int) {
 		case c.present && n.dataFile:
 			bad = bad || c.host != guest
 		case c.present && !n.readOnly:
-			bad = bad || n.isMetadata(c.host)
+			bad = bad || n.isMetadataLocked(c.host)
 		}
 		if bad {
 			tab.words[j*w].Store(damaged)
@@ -199,9 +201,7 @@ func (n *Node) checkTable(tab *table) (found int) {
 	return found
 }
 
-func (n *Node) isMetadata(host int64) bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
+func (n *Node) isMetadataLocked(host int64) bool {
 	_, is := n.metadata[host>>n.clusterBits]
 	return is
 }

@@ -86,7 +86,19 @@ func (n *Node) writeNew(t *blk.Task, v blk.Vec, at, off, l int64) (int64, error)
 	if ok, err := n.plan(t, c); !ok || err != nil {
 		return 0, err
 	}
-	if err := n.fill(t, c, v.AppendSlice(nil, at, c.l)); err != nil {
+	v = v.AppendSlice(nil, at, c.l)
+	if n.harmless(c) {
+		// Both at once. The place has an owner then even if writing the data fails: it holds zeros, as before.
+		errData, errLink := t.Par(
+			func(t *blk.Task) error { return n.writeData(t, v, c.host+c.off-c.base) },
+			func(t *blk.Task) error { return n.link(t, c) },
+		)
+		if errLink == nil {
+			errLink = errData
+		}
+		return c.l, errLink
+	}
+	if err := n.fill(t, c, v); err != nil {
 		if c.run.count > 0 {
 			n.putBack(c.run)
 		}
@@ -94,6 +106,10 @@ func (n *Node) writeNew(t *blk.Task, v blk.Vec, at, off, l int64) (int64, error)
 	}
 	return c.l, n.link(t, c)
 }
+
+// harmless reports whether the tables may point to the chunk before it holds the data: if the data is lost then, zeros
+// show where zeros were.
+func (n *Node) harmless(c *chunk) bool { return c.fresh && n.readsZero(c.tab, c.lo, c.hi-c.lo) }
 
 // own reports whether the cluster's place can be kept: it is nobody else's.
 func (c cluster) own() bool { return c.present && c.copied }
@@ -201,10 +217,6 @@ func (n *Node) fill(t *blk.Task, c *chunk, v blk.Vec) error {
 	}
 	if err := n.writeData(t, all, c.host+at-c.base); err != nil {
 		return err
-	}
-	// If the data is lost and the table is not, then zeros show where zeros were.
-	if c.fresh && n.readsZero(c.tab, c.lo, c.hi-c.lo) {
-		return nil
 	}
 	return n.syncData(t)
 }

@@ -205,7 +205,7 @@ func readWithQEMU(t *testing.T, path, snapshot string) []byte {
 
 func openFile(t *testing.T, path string, readOnly bool) *file.Node {
 	t.Helper()
-	f, err := file.Open(path, file.Options{ReadOnly: readOnly, NoSync: true})
+	f, err := file.Open(path, file.Options{ReadOnly: readOnly, NoSync: true, Grows: true})
 	if err != nil {
 		t.Fatal(err)
 	}

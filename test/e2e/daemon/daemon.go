@@ -25,7 +25,8 @@ import (
 // Disk is a [[disk]] table of the configuration.
 type Disk struct {
 	ID       string
-	Image    string // a raw image
+	Image    string
+	Format   string // default "raw"
 	Queues   int    // default 1
 	ReadOnly bool
 	Lock     string // default "always"
@@ -67,8 +68,8 @@ func New(bin string, disks ...Disk) (*Daemon, error) {
 	var b strings.Builder
 	fmt.Fprintf(&b, "[daemon]\ncontrol = %q\nstate_dir = %q\n", d.path("control"), d.path("state"))
 	for _, k := range disks {
-		fmt.Fprintf(&b, "\n[[disk]]\nid = %q\nsocket = %q\nimage = %q\nformat = \"raw\"\nread_only = %v\nqueues = %d\nlock = %q\n",
-			k.ID, d.Socket(k.ID), k.Image, k.ReadOnly, max(1, k.Queues), cmp.Or(k.Lock, "always"))
+		fmt.Fprintf(&b, "\n[[disk]]\nid = %q\nsocket = %q\nimage = %q\nformat = %q\nread_only = %v\nqueues = %d\nlock = %q\n",
+			k.ID, d.Socket(k.ID), k.Image, cmp.Or(k.Format, "raw"), k.ReadOnly, max(1, k.Queues), cmp.Or(k.Lock, "always"))
 	}
 	return d, errors.Join(
 		os.Mkdir(d.path("state"), 0o700),
@@ -195,6 +196,7 @@ func (d *Daemon) CLI(args ...string) (int, string) {
 // DiskInfo and JobInfo are the parts of the command line's JSON that are looked at.
 type DiskInfo struct {
 	Image           string `json:"image"`
+	Format          string `json:"format"`
 	ConfiguredImage string `json:"configured_image"`
 	Size            int64  `json:"size"`
 	State           string `json:"state"`

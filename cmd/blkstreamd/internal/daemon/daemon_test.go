@@ -551,6 +551,34 @@ func TestCancelHangs(t *testing.T) {
 	b.wait(c, "j", job.StateCancelled)
 }
 
+// The names in an image's header are the guest's or anyone's: they must not lead out of the roots.
+func TestImageRootsOfBackingFiles(t *testing.T) {
+	if _, err := exec.LookPath("qemu-img"); err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	b := newBed(t)
+	b.must(os.Mkdir(b.path("in"), 0o700))
+	overlay := func(name, base string) string {
+		if out, err := exec.Command("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", b.path(name)).CombinedOutput(); err != nil {
+			t.Fatalf("qemu-img: %v: %s", err, out)
+		}
+		return b.path(name)
+	}
+	disk := func(image string) string { return strings.Replace(b.disk("disk0", image), `"raw"`, `"qcow2"`, 1) }
+	roots := fmt.Sprintf("image_roots = [%q]", b.path("in"))
+	out := b.image("out.img")
+	b.refused(b.load(roots, disk(overlay("in/bad.qcow2", out))), out, "outside image_roots")
+	d, c := b.start(b.load(roots, disk(overlay("in/good.qcow2", b.image("in/base.img")))))
+	_, err := c.DiskAdd(t.Context(), &control.DiskAddRequest{Id: "x", Socket: b.path("x.sock"), Image: b.path("in/bad.qcow2"), Format: "qcow2"})
+	b.wants(err, control.ErrInvalid, out, "outside image_roots")
+	_, err = c.Copy(t.Context(), &control.CopyRequest{Disk: "disk0", Target: b.path("in/bad.qcow2"), Format: "qcow2", Existing: true})
+	b.wants(err, control.ErrInvalid, out, "outside image_roots")
+	b.stop(d)
+}
+
 func TestSecondDaemon(t *testing.T) {
 	b := newBed(t)
 	image := b.image("a.img")

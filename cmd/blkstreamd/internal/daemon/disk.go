@@ -123,6 +123,9 @@ func (d *Daemon) startAdded() error {
 // lockRunning is the value of a disk's lock key with which its image is locked only while somebody uses it.
 const lockRunning = "running"
 
+// lockPatience is how long a disk waits for its image's locks at the start.
+const lockPatience = 2 * time.Second
+
 // hold takes the image's locks for one more user of the disk, or gives them up for one less. With lock = "running" an
 // image without users is not locked: in a live migration the other host's daemon opens it before the guest stops here,
 // and locks it when the guest goes on there.
@@ -205,6 +208,11 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 		backing = spec.Backing // of another image the configuration says nothing
 	}
 	img, err := d.openImage(r.Image, r.Format, &spec, k.graph, backing, spec.Lock == lockRunning)
+	// A daemon that was killed keeps its locks until the kernel has finished its I/O.
+	for deadline := time.Now().Add(lockPatience); errors.Is(err, file.ErrInUse) && time.Now().Before(deadline); {
+		time.Sleep(20 * time.Millisecond)
+		img, err = d.openImage(r.Image, r.Format, &spec, k.graph, backing, spec.Lock == lockRunning)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qcow2_test
+
+import (
+	"bytes"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/blktest"
+	"github.com/blkstream/blkstream/blk/qcow2"
+)
+
+// history is what a disk held when. Sectors are written by one goroutine each, and clusters by several.
+type history struct {
+	disk    *blktest.CrashDisk
+	clock   atomic.Int64
+	sectors [][]version
+
+	mu      sync.Mutex
+	flushes []flush
+}
+
+// version is what was written to a sector. It may be there after a power cut at a point from begin on.
+type version struct {
+	begin  int   // point of the disk
+	end    int64 // by the clock: when the write had ended
+	forced int   // FUA: durable from this point on
+	data   []byte
+}
+
+// flush is one that went well: what had ended before it began is durable from the point end on.
+type flush struct {
+	begin int64
+	end   int
+}
+
+func newHistory(disk *blktest.CrashDisk, contents []byte) *history {
+	h := &history{disk: disk}
+	h.extend(contents)
+	return h
+}
+
+func (h *history) extend(b []byte) {
+	for i := 0; i < len(b); i += blk.SectorSize {
+		h.sectors = append(h.sectors, []version{{end: -1, data: b[i : i+blk.SectorSize]}})
+	}
+}
+
+// change carries out a request that changes the disk.
+func (h *history) change(t *testing.T, n blk.Node, r *blk.Request, b []byte) {
+	t.Helper()
+	task := blk.NewTask()
+	begin := h.disk.Points()
+	if err := blk.Do(task, n, r); err != nil {
+		t.Errorf("%v at %d: %v", r.Op, r.Off, err)
+		return
+	}
+	if r.Op == blk.OpDiscard { // whatever it is now, that it stays
+		err := blk.Do(task, n, &blk.Request{Op: blk.OpRead, Off: r.Off, Len: r.Len, Data: blk.BytesVec(nil, b)})
+		if err != nil {
+			t.Errorf("read at %d: %v", r.Off, err)
+		}
+	}
+	v := version{begin: begin, end: h.clock.Add(1)}
+	if r.Flags&blk.FUA != 0 {
+		v.forced = h.disk.Points()
+	}
+	for i := 0; i < len(b); i += blk.SectorSize {
+		v.data = b[i : i+blk.SectorSize]
+		s := &h.sectors[(r.Off+int64(i))/blk.SectorSize]
+		*s = append(*s, v)
+	}
+}
+
+func (h *history) flush(t *testing.T, n blk.Node) {
+	t.Helper()
+	begin := h.clock.Add(1)
+	if err := blk.Do(blk.NewTask(), n, &blk.Request{Op: blk.OpFlush}); err != nil {
+		t.Errorf("flush: %v", err)
+		return
+	}
+	f := flush{begin, h.disk.Points()}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.flushes = append(h.flushes, f)
+}
+
+// matches holds the disk after a power cut against the history: what is durable, or anything that came later.
+func (h *history) matches(t *testing.T, at int, got []byte) {
+	t.Helper()
+	var flushed int64
+	for _, f := range h.flushes {
+		if f.end <= at {
+			flushed = max(flushed, f.begin)
+		}
+	}
+	for i, versions := range h.sectors[:len(got)/blk.SectorSize] {
+		b := got[i*blk.SectorSize:][:blk.SectorSize]
+		ok := false
+		for k := len(versions) - 1; k >= 0 && !ok; k-- {
+			v := versions[k]
+			ok = v.begin <= at && bytes.Equal(v.data, b)
+			if v.end < flushed || v.forced > 0 && v.forced <= at {
+				break // what came before is gone
+			}
+		}
+		if !ok {
+			t.Fatalf("cut at %d, flushed at time %d: sector %d holds %x…, of %d versions", at, flushed, i, b[:8], len(versions))
+		}
+	}
+}
+
+// scene is an image and what is done to it while the power goes.
+type scene struct {
+	name      string
+	o         qcow2.CreateOptions
+	base      int64 // size of the backing file
+	fill      bool  // beforehand
+	packed    bool  // with compressed clusters
+	snapshot  bool  // taken after that
+	workers   int64
+	ops       int // of each worker
+	grow      int // this often, three times the size
+	flushRate int // one operation of so many is a flush
+	kinds     []kind
+	// reached says whether the scene got to what it is about; nil: it always does.
+	reached func(before, after *qcow2.Header) bool
+}
+
+func scenes() []scene {
+	all := []kind{write, write, write, zero, unmap, discard, discard}
+	return []scene{
+		{name: "allocation", o: qcow2.CreateOptions{Size: 256 << 10, ClusterSize: 512}, workers: 1, ops: 60, flushRate: 8, kinds: []kind{write}},
+		// A refcount block has room for 64 counts, the table for 64 blocks: it grows at 2 MiB.
+		{
+			name:    "growth of the refcount table",
+			o:       qcow2.CreateOptions{Size: 1960 << 10, ClusterSize: 512, RefcountBits: 64, Preallocation: "metadata"},
+			workers: 1, ops: 140, grow: 1, flushRate: 20, kinds: []kind{write},
+			reached: func(a, b *qcow2.Header) bool { return b.RefTableClusters > a.RefTableClusters },
+		},
+		{
+			name: "growth of the L1 table", o: qcow2.CreateOptions{Size: 64 << 10, ClusterSize: 512},
+			fill: true, workers: 1, ops: 40, grow: 3, flushRate: 6, kinds: all,
+			reached: func(a, b *qcow2.Header) bool { return b.L1Size > a.L1Size && b.L1Offset != a.L1Offset },
+		},
+		{
+			name: "copies of a snapshot", o: qcow2.CreateOptions{Size: 300 << 10, ClusterSize: 4096, RefcountBits: 8},
+			fill: true, snapshot: true, workers: 1, ops: 60, flushRate: 8, kinds: all,
+		},
+		{
+			name: "copies of a snapshot in small clusters", o: qcow2.CreateOptions{Size: 128 << 10, ClusterSize: 512, RefcountBits: 2},
+			fill: true, snapshot: true, workers: 1, ops: 60, flushRate: 8, kinds: all,
+		},
+		{
+			name: "discards and reuse", o: qcow2.CreateOptions{Size: 128 << 10, ClusterSize: 1024},
+			fill: true, workers: 1, ops: 120, flushRate: 5, kinds: []kind{write, discard, unmap},
+		},
+		{
+			name: "subclusters over a backing file", o: qcow2.CreateOptions{Size: 400 << 10, ClusterSize: 16 << 10, ExtendedL2: true}, base: 500 << 10,
+			fill: true, workers: 1, ops: 80, flushRate: 8, kinds: all,
+		},
+		{
+			name: "subclusters of a snapshot", o: qcow2.CreateOptions{Size: 300 << 10, ClusterSize: 16 << 10, ExtendedL2: true},
+			fill: true, snapshot: true, workers: 1, ops: 60, flushRate: 8, kinds: all,
+		},
+		{
+			name: "version 2 over a backing file", o: qcow2.CreateOptions{Size: 300 << 10, ClusterSize: 4096, Version: 2}, base: 100 << 10,
+			fill: true, workers: 1, ops: 80, flushRate: 8, kinds: all,
+		},
+		{
+			name: "lazy counts", o: qcow2.CreateOptions{Size: 200 << 10, ClusterSize: 2048, LazyRefcounts: true, RefcountBits: 1},
+			fill: true, workers: 1, ops: 80, flushRate: 8, kinds: all,
+		},
+		{
+			name: "compressed clusters", o: qcow2.CreateOptions{Size: 400 << 10, ClusterSize: 4096, Compression: "zstd"},
+			packed: true, workers: 1, ops: 60, flushRate: 8, kinds: all,
+		},
+		{
+			name: "compressed clusters of a snapshot", o: qcow2.CreateOptions{Size: 100 << 10, ClusterSize: 1024},
+			packed: true, snapshot: true, workers: 1, ops: 60, flushRate: 8, kinds: all,
+		},
+		{
+			name: "many at once", o: qcow2.CreateOptions{Size: 512 << 10, ClusterSize: 4096},
+			workers: 4, ops: 40, flushRate: 6, kinds: all,
+		},
+		{
+			name: "many at once over a snapshot", o: qcow2.CreateOptions{Size: 512 << 10, ClusterSize: 8192},
+			fill: true, snapshot: true, workers: 4, ops: 40, flushRate: 6, kinds: all,
+		},
+		{
+			name: "many at once in subclusters", o: qcow2.CreateOptions{Size: 512 << 10, ClusterSize: 32 << 10, ExtendedL2: true}, base: 512 << 10,
+			workers: 4, ops: 40, flushRate: 6, kinds: all,
+		},
+	}
+}
+
+// prepare makes the image, durably on a disk, and its backing file.
+func (s *scene) prepare(t *testing.T, rng *rand.Rand) (*blktest.CrashDisk, blk.Node) {
+	t.Helper()
+	var base blk.Node
+	if s.base > 0 {
+		b := make([]byte, s.base)
+		for i := range b {
+			b[i] = byte(rng.Uint32())
+		}
+		base = memoryOf(t, b)
+		s.o.BackingFile, s.o.BackingFormat = "base", "raw"
+	}
+	image := blktest.NewMemory(0)
+	if err := qcow2.Create(blk.NewTask(), image, s.o); err != nil {
+		t.Fatal(err)
+	}
+	n := qcow2.ReserveLittle(open(t, image, qcow2.Options{Backing: base}))
+	if s.packed {
+		s.pack(t, rng, n)
+	}
+	if s.fill {
+		for range 30 {
+			r, _ := change(rng, s.o.Size, s.o.ClusterSize, []kind{write, write, zero})
+			do(t, n, r)
+		}
+	}
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s.snapshot {
+		takeSnapshot(t, image)
+	}
+	b := image.Bytes()
+	disk := blktest.NewCrashDisk(int64(len(b)))
+	do(t, disk, &blk.Request{Op: blk.OpWrite, Len: int64(len(b)), Data: blk.BytesVec(nil, b)})
+	do(t, disk, &blk.Request{Op: blk.OpFlush})
+	return disk, base
+}
+
+// pack writes compressed clusters, of which several fit into one.
+func (s *scene) pack(t *testing.T, rng *rand.Rand, n *qcow2.Node) {
+	t.Helper()
+	for off := int64(0); off < s.o.Size; off += s.o.ClusterSize {
+		b := make([]byte, min(s.o.ClusterSize, s.o.Size-off))
+		for i := range b[:rng.IntN(len(b))] {
+			b[i] = byte(rng.Uint32())
+		}
+		if err := n.WriteCompressed(blk.NewTask(), off, b); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestPowerCuts cuts the power before and after every I/O of the image's file. Whatever the disk made of its cache, the
+// image has no errors, and holds what it must.
+func TestPowerCuts(t *testing.T) {
+	for _, s := range scenes() {
+		t.Run(s.name, func(t *testing.T) {
+			t.Parallel()
+			rng := seeded(t)
+			disk, base := s.prepare(t, rng)
+			n := qcow2.ReserveLittle(open(t, disk, qcow2.Options{Backing: base}))
+			first := disk.Points()
+			start, before := contents(t, n), n.Header()
+			h := newHistory(disk, start)
+			s.play(t, rng, h, n)
+			if s.reached != nil && !s.reached(before, n.Header()) {
+				t.Error("it did not come to that")
+			}
+			if t.Failed() {
+				return
+			}
+			if err := n.Close(); err != nil {
+				t.Fatal(err)
+			}
+			step := 1
+			if testing.Short() {
+				step = 7
+			}
+			for at := first; at <= disk.Points(); at += step {
+				s.cut(t, rng, h, base, at, start)
+			}
+			t.Logf("%d points", disk.Points()-first)
+			if r := check(t, disk, qcow2.RepairNone); r.Errors+r.Leaks > 0 {
+				t.Errorf("after all, and closed: %+v", r)
+			}
+		})
+	}
+}
+
+// play carries out the scene. Each worker has stripes of the disk.
+func (s *scene) play(t *testing.T, rng *rand.Rand, h *history, n *qcow2.Node) {
+	const stripe = 3 * blk.SectorSize
+	var wg sync.WaitGroup
+	for w := range s.workers {
+		rng := rand.New(rand.NewPCG(rng.Uint64(), uint64(w)))
+		wg.Go(func() {
+			for i := range s.ops {
+				if s.grow > 0 && i%(s.ops/s.grow) == s.ops/s.grow/2 {
+					old := n.Info().Size
+					if err := n.Resize(blk.NewTask(), old*3, false); err != nil {
+						t.Errorf("resize: %v", err)
+						return
+					}
+					h.extend(make([]byte, 2*old))
+				}
+				if rng.IntN(s.flushRate) == 0 {
+					h.flush(t, n)
+					continue
+				}
+				size := n.Info().Size
+				r, b := change(rng, size, s.o.ClusterSize, s.kinds)
+				if s.workers > 1 {
+					r.Off = (r.Off/stripe/s.workers*s.workers + w) * stripe
+					if r.Off >= size {
+						continue
+					}
+					r.Len = min(r.Len, stripe, size-r.Off)
+					b = b[:r.Len]
+					if r.Op == blk.OpWrite {
+						r.Data = blk.BytesVec(nil, b)
+					}
+				}
+				h.change(t, n, r, b)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// cut looks at what a power cut left. start is what the disk held at first, and its snapshot does.
+func (s *scene) cut(t *testing.T, rng *rand.Rand, h *history, base blk.Node, at int, start []byte) {
+	t.Helper()
+	left := h.disk.CrashAt(at, rng)
+	if r := check(t, left, qcow2.RepairNone); r.Errors > 0 {
+		t.Fatalf("cut at %d: %+v", at, r)
+	}
+	if rng.IntN(100) == 0 {
+		checkWithQEMU(t, left.Bytes())
+	}
+	if s.snapshot && rng.IntN(10) == 0 {
+		if !bytes.Equal(snapshotOf(t, left.Bytes(), base), start) {
+			t.Fatalf("cut at %d: the snapshot changed", at)
+		}
+	}
+	n := open(t, left, qcow2.Options{Backing: base})
+	h.matches(t, at, contents(t, n))
+	if rng.IntN(8) > 0 {
+		return
+	}
+	// It goes on as if nothing had been: what is given out now belongs to nobody else.
+	b := bytes.Repeat([]byte{0xa5}, blk.SectorSize)
+	for off := int64(0); off < n.Info().Size; off += 7 * blk.SectorSize {
+		do(t, n, &blk.Request{Op: blk.OpWrite, Off: off, Len: blk.SectorSize, Data: blk.BytesVec(nil, b)})
+	}
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if r := check(t, left, qcow2.RepairLeaks); r.Errors+r.Leaks > 0 {
+		t.Fatalf("cut at %d, written, leaks repaired: %+v", at, r)
+	}
+	if s.snapshot && !bytes.Equal(snapshotOf(t, left.Bytes(), base), start) {
+		t.Fatalf("cut at %d, written: the snapshot changed", at)
+	}
+}
