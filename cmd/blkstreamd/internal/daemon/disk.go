@@ -172,9 +172,7 @@ func (d *Daemon) openImage(path, format string, spec *config.Disk, g *blk.Graph,
 		Cache:    qcow2.NewCache(spec.MetadataCache),
 		Barrier:  g.Barrier,
 		Warn:     func(w string) { d.opts.Log.Warn(w) },
-	}
-	for _, l := range backing {
-		o.Backing = append(o.Backing, image.Layer{Path: l.Image, Format: l.Format})
+		Backing:  layers(backing),
 	}
 	img, err := image.Open(blk.NewTask(), path, format, o)
 	switch {
@@ -192,6 +190,13 @@ func (d *Daemon) openImage(path, format string, spec *config.Disk, g *blk.Graph,
 		d.opts.Log.Warn(w, "image", path)
 	}
 	return img, nil
+}
+
+func layers(backing []config.Layer) (all []image.Layer) {
+	for _, l := range backing {
+		all = append(all, image.Layer{Path: l.Image, Format: l.Format})
+	}
+	return all
 }
 
 func (d *Daemon) checkRoots(path string) error {
