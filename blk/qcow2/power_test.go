@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -136,6 +137,10 @@ func scenes() []scene {
 	all := []kind{write, write, write, zero, unmap, discard, discard}
 	return []scene{
 		{name: "allocation", o: qcow2.CreateOptions{Size: 256 << 10, ClusterSize: 512}, workers: 1, ops: 60, flushRate: 8, kinds: []kind{write}},
+		{
+			name: "many refcount blocks", o: qcow2.CreateOptions{Size: 256 << 10, ClusterSize: 512, RefcountBits: 64},
+			workers: 1, ops: 150, flushRate: 40, kinds: []kind{write},
+		},
 		// A refcount block has room for 64 counts, the table for 64 blocks: it grows at 2 MiB.
 		{
 			name:    "growth of the refcount table",
@@ -147,6 +152,10 @@ func scenes() []scene {
 			name: "growth of the L1 table", o: qcow2.CreateOptions{Size: 64 << 10, ClusterSize: 512},
 			fill: true, workers: 1, ops: 40, grow: 3, flushRate: 6, kinds: all,
 			reached: func(a, b *qcow2.Header) bool { return b.L1Size > a.L1Size && b.L1Offset != a.L1Offset },
+		},
+		{
+			name: "growth over a longer backing file", o: qcow2.CreateOptions{Size: 32 << 10, ClusterSize: 1024}, base: 300 << 10,
+			workers: 1, ops: 30, grow: 2, flushRate: 10, kinds: all,
 		},
 		{
 			name: "copies of a snapshot", o: qcow2.CreateOptions{Size: 300 << 10, ClusterSize: 4096, RefcountBits: 8},
@@ -279,7 +288,9 @@ func TestPowerCuts(t *testing.T) {
 				step = 7
 			}
 			for at := first; at <= disk.Points(); at += step {
-				s.cut(t, rng, h, disk.CrashAt(at, rng), base, at, start)
+				for range 3 { // what is left of a moment differs
+					s.cut(t, rng, h, disk.CrashAt(at, rng), base, at, start)
+				}
 			}
 			t.Logf("%d points", disk.Points()-first)
 			if r := check(t, disk, qcow2.RepairNone); r.Errors+r.Leaks > 0 {
@@ -426,5 +437,67 @@ func TestPowerCutsDataFile(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestPowerCutsSetBacking: the header names the old backing file or the new one, and no backing file only when the
+// image holds everything.
+func TestPowerCutsSetBacking(t *testing.T) {
+	rng := seeded(t)
+	const size = 64 << 10
+	base := memoryOf(t, bytes.Repeat([]byte{0xb5}, size))
+	for _, cluster := range []int64{2048, 16 << 10} {
+		disk := blktest.NewCrashDisk(0)
+		names := []string{"base", strings.Repeat("longer/", 40), "x", strings.Repeat("y", 1000), "base", ""}
+		o := qcow2.CreateOptions{Size: size, ClusterSize: cluster, BackingFile: names[0], BackingFormat: "raw"}
+		if err := qcow2.Create(blk.NewTask(), disk, o); err != nil {
+			t.Fatal(err)
+		}
+		n := qcow2.ReserveLittle(open(t, disk, qcow2.Options{Backing: base}))
+		data := bytes.Repeat([]byte{0xda}, size)
+		do(t, n, &blk.Request{Op: blk.OpWrite, Len: size, Data: blk.BytesVec(nil, data)})
+		for i, name := range names[1:] {
+			var to blk.Node
+			format := ""
+			if name != "" {
+				to, format = base, "raw"
+			}
+			first := disk.Points()
+			if err := n.SetBacking(blk.NewTask(), to, name, format); err != nil {
+				t.Fatal(err)
+			}
+			if i == 0 && disk.Points()-first < 2 {
+				t.Fatalf("%d steps", disk.Points()-first)
+			}
+			for at := first; at <= disk.Points(); at++ {
+				for range 20 {
+					left := disk.CrashAt(at, rng)
+					h, err := qcow2.ReadHeader(blk.NewTask(), left)
+					if err != nil {
+						t.Fatalf("to %q, cut at %d: %v", name, at, err)
+					}
+					if h.BackingFile != names[i] && h.BackingFile != name || at == disk.Points() && h.BackingFile != name ||
+						(h.BackingFile != "") != (h.BackingFormat == "raw") {
+						t.Fatalf("clusters of %d, from %.9q to %.9q, cut at %d of %d to %d: %.9q of %d bytes, format %q", cluster, names[i], name, at, first,
+							disk.Points(), h.BackingFile, len(h.BackingFile), h.BackingFormat)
+					}
+					if r := check(t, left, qcow2.RepairNone); r.Errors > 0 {
+						t.Fatalf("to %q, cut at %d: %+v", name, at, r)
+					}
+					if h.BackingFile != "" {
+						continue
+					}
+					if !bytes.Equal(contents(t, open(t, left, qcow2.Options{ReadOnly: true})), data) {
+						t.Fatalf("cut at %d: the backing file is gone before the data was there", at)
+					}
+				}
+			}
+			// So that the next change has something to make durable.
+			for j := range data {
+				data[j]++
+			}
+			do(t, n, &blk.Request{Op: blk.OpDiscard, Len: size})
+			do(t, n, &blk.Request{Op: blk.OpWrite, Len: size, Data: blk.BytesVec(nil, data)})
+		}
 	}
 }
