@@ -59,6 +59,9 @@ func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error)
 	if r.Format != image.Raw && r.Format != image.Qcow2 {
 		return nil, job.Record{}, control.Errorf(control.ErrUnsupported, "format %q is not supported yet; raw and qcow2 are", r.Format)
 	}
+	if k.spec.Lock == lockRunning && r.Format != image.Raw {
+		return nil, r, control.Errorf(control.ErrPrecondition, "disk %q has lock = %q, which is for raw images", req.Disk, lockRunning)
+	}
 	if req.Existing && (req.ClusterSize != 0 || req.LazyRefcounts || req.Compression != "" || req.Preallocation != "") {
 		return fail("the properties of an existing target cannot be chosen")
 	}

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/blkstream/blkstream/blk/image"
+	"github.com/blkstream/blkstream/copy/control"
+)
+
+// An image with tables must not be open in two places, so a disk that is only locked while it runs stays raw.
+func TestLockRunningStaysRaw(t *testing.T) {
+	b := newBed(t)
+	old, target := b.image("old.img"), b.path("new.qcow2")
+	conf := strings.Replace(b.disk("disk0", old), "writeback", "none", 1) + "lock = \"running\"\n"
+	d, c := b.start(b.load("", conf))
+	_, err := c.Copy(t.Context(), &control.CopyRequest{Disk: "disk0", Target: target, Format: image.Qcow2})
+	b.wants(err, control.ErrPrecondition, "running", "raw")
+	if exists(target) {
+		t.Error("a copy that was refused left a target")
+	}
+	b.stop(d)
+}
