@@ -243,6 +243,9 @@ func checkTarget(k *disk, source, target *image.Image, r job.Record, s *blockcop
 	if have, need := target.Root.Info().Size, source.Root.Info().Size; have < need {
 		return control.Errorf(control.ErrInvalid, "%s has %d bytes, disk %q has %d: make the target larger", r.Target, have, k.spec.ID, need)
 	}
+	if have := target.Root.Info().Size; have%int64(k.spec.BlockSize) != 0 {
+		return control.Errorf(control.ErrInvalid, "%s has %d bytes, which is not a multiple of the disk's block_size %d", r.Target, have, k.spec.BlockSize)
+	}
 	for _, m := range target.Chain {
 		if sameFile(m.Path, source.Chain[0].Path) {
 			return control.Errorf(control.ErrInvalid, "%s lies over %s, the image of disk %q, which would change under it", r.Target, m.Path, k.spec.ID)

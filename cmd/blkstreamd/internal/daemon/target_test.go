@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/copy/control"
 )
@@ -21,5 +22,16 @@ func TestLockRunningStaysRaw(t *testing.T) {
 	if exists(target) {
 		t.Error("a copy that was refused left a target")
 	}
+	b.stop(d)
+}
+
+// A target whose last block is not whole could be switched to, but not be served by the next daemon.
+func TestTargetOfPartBlocks(t *testing.T) {
+	b := newBed(t)
+	old, target := b.image("old.img"), b.path("new.img")
+	b.must(file.Create(target, diskSize+512))
+	d, c := b.start(b.load("", b.disk("disk0", old)+"block_size = 4096\n"))
+	_, err := c.Copy(t.Context(), &control.CopyRequest{Disk: "disk0", Target: target, Existing: true})
+	b.wants(err, control.ErrInvalid, target, "block_size")
 	b.stop(d)
 }
