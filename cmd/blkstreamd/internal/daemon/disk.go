@@ -213,11 +213,12 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 	if r.Image == spec.Image {
 		backing = spec.Backing // of another image the configuration says nothing
 	}
-	img, err := d.openImage(r.Image, r.Format, &spec, k.graph, backing, spec.Lock == lockRunning)
+	unlocked := spec.Lock == lockRunning && r.Format == image.Raw // hold locks no other
+	img, err := d.openImage(r.Image, r.Format, &spec, k.graph, backing, unlocked)
 	// A daemon that was killed keeps its locks until the kernel has finished its I/O.
 	for deadline := time.Now().Add(lockPatience); errors.Is(err, file.ErrInUse) && time.Now().Before(deadline); {
 		time.Sleep(20 * time.Millisecond)
-		img, err = d.openImage(r.Image, r.Format, &spec, k.graph, backing, spec.Lock == lockRunning)
+		img, err = d.openImage(r.Image, r.Format, &spec, k.graph, backing, unlocked)
 	}
 	if err != nil {
 		return nil, err
