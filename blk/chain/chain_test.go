@@ -342,7 +342,7 @@ func TestModel(t *testing.T) {
 	rng := seeded(t)
 	rounds := 60
 	if testing.Short() {
-		rounds = 15
+		rounds = 8
 	}
 	for range rounds {
 		size := (1 + rng.Int64N(2000)) * 512

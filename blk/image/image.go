@@ -51,6 +51,7 @@ type Options struct {
 	Check    func(path string) error
 	Cache    *qcow2.Cache            // of all images of the chain; nil: one of their own
 	Barrier  func(t *blk.Task) error // see qcow2.Options
+	Warn     func(string)            // of qcow2.Options, for the first image
 	MaxDepth int                     // images behind the first; 0: chain.MaxDepth
 }
 
@@ -261,7 +262,7 @@ func (g *Image) openNode(t *blk.Task, i int, o Options, backing blk.Node) error 
 			qo.Data = m.data
 		}
 		if i == 0 {
-			qo.ReadOnly, qo.Barrier = o.ReadOnly, o.Barrier
+			qo.ReadOnly, qo.Barrier, qo.Warn = o.ReadOnly, o.Barrier, o.Warn
 		}
 		n, err := qcow2.Open(t, m.storage, qo)
 		if err != nil {

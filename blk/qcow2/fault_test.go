@@ -56,6 +56,19 @@ func (f *tripwire) Resize(t *blk.Task, size int64, shrink bool) error {
 	return f.Memory.Resize(t, size, shrink)
 }
 
+// below is a backing file that takes part in that.
+type below struct {
+	blk.Node
+	f *tripwire
+}
+
+func (b below) Do(t *blk.Task, r *blk.Request) error {
+	if err := b.f.trip(r.Op); err != nil {
+		return err
+	}
+	return b.Node.Do(t, r)
+}
+
 // TestFaultsEverywhere lets each I/O fail, alone and with those after it. The error reaches whoever asked; what was
 // there stays, or is what was to be written; when the fault is gone all goes on; and in the end nothing is counted
 // wrong and no space is lost.
@@ -73,12 +86,20 @@ func TestFaultsEverywhere(t *testing.T) {
 				image := disk.Bytes()
 				for at := int64(0); ; {
 					f := &tripwire{Memory: memoryOf(t, image), from: at, count: 1 + at%3*2, err: err}
-					if !s.faulty(t, rand.New(rand.NewPCG(seed, 2)), f, base) {
+					var lower blk.Node
+					if base != nil {
+						lower = below{base, f}
+					}
+					if !s.faulty(t, rand.New(rand.NewPCG(seed, 2)), f, lower) {
 						t.Logf("%d operations", at)
 						return
 					}
-					if at += 1; testing.Short() {
-						at += 12
+					at++
+					if s.reached != nil {
+						at += 2
+					}
+					if testing.Short() {
+						at += int64(s.faultyOps()) / 3
 					}
 				}
 			})

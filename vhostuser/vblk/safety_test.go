@@ -736,21 +736,27 @@ func TestDoAtTheEnd(t *testing.T) {
 	}
 }
 
-// A ring without a kick descriptor is polled.
+// A ring without a kick descriptor is polled, and its I/O submitted, though the loop never sleeps.
 func TestNoKick(t *testing.T) {
-	g := newRig(t)
-	d := New(blk.NewGraph(blktest.NewMemory(1<<20)), 1<<20, defaults(Options{}))
-	vq, err := d.Start(g.r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range 20 {
-		time.Sleep(time.Millisecond) // long enough to fall asleep
-		g.flush(t, i)
-		g.wait(t)
-	}
-	if _, err := vq.Stop(); err != nil {
-		t.Error(err)
+	for name, root := range map[string]blk.Node{
+		"memory": blktest.NewMemory(1 << 20), "file": image(t, t.TempDir(), 1<<20, file.Options{}),
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newRig(t)
+			d := New(blk.NewGraph(root), 1<<20, defaults(Options{}))
+			vq, err := d.Start(g.r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := range 20 {
+				time.Sleep(time.Millisecond) // long enough to fall asleep
+				g.flush(t, i)
+				g.wait(t)
+			}
+			if _, err := vq.Stop(); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 

@@ -190,7 +190,7 @@ func (d *Daemon) startCopy(k *disk, r job.Record, blank, pack bool) (*job.Job, e
 	s := blockcopy.Setup{
 		Graph:  k.graph,
 		Target: target.Root,
-		Blank:  blank && r.Base == "",
+		Blank:  blank,
 		Commit: func() error { return k.moveTo(r.Target, r.Format) },
 		Hint:   k.hint(r.Target, r.Format),
 	}

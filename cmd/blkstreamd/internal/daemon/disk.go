@@ -171,9 +171,8 @@ func (d *Daemon) openImage(path, format string, spec *config.Disk, g *blk.Graph,
 		Check:    d.checkRoots,
 		Cache:    qcow2.NewCache(spec.MetadataCache),
 		Barrier:  g.Barrier,
-	}
-	for _, l := range backing {
-		o.Backing = append(o.Backing, image.Layer{Path: l.Image, Format: l.Format})
+		Warn:     func(w string) { d.opts.Log.Warn(w) },
+		Backing:  layers(backing),
 	}
 	img, err := image.Open(blk.NewTask(), path, format, o)
 	switch {
@@ -191,6 +190,13 @@ func (d *Daemon) openImage(path, format string, spec *config.Disk, g *blk.Graph,
 		d.opts.Log.Warn(w, "image", path)
 	}
 	return img, nil
+}
+
+func layers(backing []config.Layer) (all []image.Layer) {
+	for _, l := range backing {
+		all = append(all, image.Layer{Path: l.Image, Format: l.Format})
+	}
+	return all
 }
 
 func (d *Daemon) checkRoots(path string) error {
@@ -346,13 +352,16 @@ func (k *disk) moveTo(image, format string) error {
 	return nil
 }
 
-// warning says what the operator should change, after a switch.
+// warning says what the operator should know or do: what to change after a switch, and what is wrong with the image.
 func (k *disk) warning() string {
-	r := k.record()
-	if r.Added != nil || r.Image == k.spec.Image {
-		return ""
+	var all []string
+	if r := k.record(); r.Added == nil && r.Image != k.spec.Image {
+		all = append(all, k.hint(r.Image, r.Format))
 	}
-	return k.hint(r.Image, r.Format)
+	if n, ok := k.image().Root.(*qcow2.Node); ok {
+		all = append(all, n.Warnings()...)
+	}
+	return strings.Join(all, "; ")
 }
 
 func (k *disk) hint(image, format string) string {
