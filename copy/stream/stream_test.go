@@ -279,11 +279,10 @@ func TestUnderLoad(t *testing.T) {
 					part := r.want[off : off+512]
 					b := make([]byte, 512)
 					q := &blk.Request{Op: []blk.Op{blk.OpWrite, blk.OpWriteZeroes, blk.OpRead}[rng.IntN(3)], Off: off, Len: 512}
-					switch q.Op {
-					case blk.OpWrite:
+					if q.Op == blk.OpWrite {
 						copy(b, pattern(rng.IntN(200), 512))
-						fallthrough
-					case blk.OpRead:
+					}
+					if q.Op != blk.OpWriteZeroes {
 						q.Data = blk.BytesVec(nil, b)
 					}
 					r.guest.mu.RLock()

@@ -74,13 +74,13 @@ func TestCopyOnRead(t *testing.T) {
 	b := newBed(t)
 	b.layered(7)
 	f := b.load("", b.qcow2Disk("a", "top.qcow2", "copy_on_read = true"))
-	d, c := b.start(f)
+	d, _ := b.start(f)
 	b.holds("a", 7)
 	b.must(d.Stop())
 	if n := b.held("top.qcow2"); n != 64<<10 {
 		t.Errorf("after a read of 4K the image holds %d bytes", n)
 	}
-	d, c = b.start(f)
+	d, c := b.start(f)
 	if g := b.graph(c); !strings.HasPrefix(g, "copy-on-read") {
 		t.Errorf("the graph is\n%s", g)
 	}
