@@ -114,7 +114,7 @@ func open(t *blk.Task, path, format string, o Options, behind func(*Image) blk.N
 	}
 	if len(lower) > 0 {
 		slices.Reverse(lower)
-		if g.Lower, err = chain.New(lower, chain.Options{Unit: g.unit()}); err != nil {
+		if g.Lower, err = chain.New(lower, chain.Options{Unit: unit(g.Chain)}); err != nil {
 			return nil, fmt.Errorf("image %q: %w", path, err)
 		}
 	}
@@ -276,12 +276,12 @@ func (g *Image) openNode(t *blk.Task, i int, o Options, backing blk.Node) error 
 	return nil
 }
 
-// unit is the granularity of the chain's map: the smallest cluster, so that most units are in one image. A map in
-// finer units than a file system's blocks would be large for nothing.
-func (g *Image) unit() int64 {
+// unit is the granularity of the map of what is behind the first image: the smallest cluster, so that most units are in
+// one image. A map in finer units than a file system's blocks would be large for nothing.
+func unit(members []*Member) int64 {
 	const smallest = 4096
 	unit := int64(0)
-	for _, m := range g.Chain[1:] {
+	for _, m := range members[1:] {
 		if m.Header == nil {
 			continue
 		}

@@ -22,6 +22,12 @@ const (
 	StageSwitch = "switch"
 )
 
+// Stages of streaming.
+const (
+	StageStream = "stream" // what is behind the top image is copied into it
+	StageDrop   = "drop"   // the images behind it are left
+)
+
 // States of a job.
 const (
 	StateRunning   = "running"

@@ -223,7 +223,7 @@ func (d *Daemon) startCopy(k *disk, r job.Record, blank, pack bool) (*job.Job, e
 	size := source.Root.Info().Size
 	j, err := d.jobs.Start(r, func(ctx context.Context, j *job.Job) error {
 		defer k.hold(false) //nolint:errcheck // what is locked too long harms nobody
-		err := blockcopy.Run(ctx, j, s)
+		err := k.pauseCopyOnRead(ctx, func() error { return blockcopy.Run(ctx, j, s) })
 		if now := target.Root.Info().Size; err == nil && now != size {
 			k.dev.SetSize(now)
 			k.server.ConfigChanged()
@@ -305,6 +305,9 @@ func (d *Daemon) resumeJobs(open []job.Record) {
 		}
 		r.State, r.Error, r.TargetConsistent = job.StateFailed, fmt.Sprintf("the daemon was restarted, and the job cannot go on: %v", err), false
 		r.Message = fmt.Sprintf("%s is incomplete; the guest stays on %s", r.Target, r.Source)
+		if r.Kind == kindStream {
+			r.Message = stillNeeded
+		}
 		if err := d.jobs.End(r); err != nil {
 			d.opts.Log.Error("the journal cannot be written", "err", err)
 		}
@@ -316,6 +319,9 @@ func (d *Daemon) resumeJob(r job.Record) error {
 	k, err := d.find(r.Disk)
 	if err != nil {
 		return err
+	}
+	if r.Kind == kindStream {
+		return d.resumeStream(k, r)
 	}
 	if k.record().Image == r.Target {
 		r.State, r.Error, r.Message = job.StateCompleted, "", k.hint(r.Target, r.Format)

@@ -54,6 +54,8 @@ type disk struct {
 	holdMu sync.Mutex // held over locking and unlocking the image
 	holds  int        // who needs the image's locks: the guest's queues, a job, a resize
 
+	notCopied *copyErrors // of copy on read
+
 	mu  sync.Mutex
 	rec record
 	img *image.Image // what the guest is on
@@ -208,7 +210,7 @@ func (d *Daemon) checkRoots(path string) error {
 
 // startDisk opens the image and serves the socket.
 func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
-	k := &disk{d: d, spec: spec, rec: r, graph: blk.NewGraph(nil), served: make(chan struct{})}
+	k := &disk{d: d, spec: spec, rec: r, graph: blk.NewGraph(nil), served: make(chan struct{}), notCopied: newCopyErrors()}
 	var backing []config.Layer
 	if r.Image == spec.Image {
 		backing = spec.Backing // of another image the configuration says nothing
@@ -229,7 +231,7 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 			r.Image, size, spec.BlockSize), img.Close())
 	}
 	k.img = img
-	if err := k.graph.Change(context.Background(), func(tx *blk.Tx) error { tx.SetRoot(img.Root); return nil }); err != nil {
+	if err := k.graph.Change(context.Background(), func(tx *blk.Tx) error { tx.SetRoot(k.over(img)); return nil }); err != nil {
 		return nil, errors.Join(err, img.Close())
 	}
 	k.dev = vblk.New(k.graph, size, vblk.Options{
@@ -320,7 +322,7 @@ func (k *disk) stop() error {
 	if !root.Info().ReadOnly {
 		err = errors.Join(err, blk.Do(blk.NewTask(), root, &blk.Request{Op: blk.OpFlush}))
 	}
-	if root != k.image().Root {
+	if withoutCopyOnRead(root) != k.image().Root {
 		return errors.Join(err, fmt.Errorf("disk %q: a job's filter could not be removed, its images stay open", k.spec.ID))
 	}
 	return errors.Join(err, k.image().Close())
@@ -384,6 +386,9 @@ func (k *disk) resize(ctx context.Context, size int64) error {
 	}
 	if k.spec.ReadOnly {
 		return control.Errorf(control.ErrPrecondition, "disk %q is read-only", k.spec.ID)
+	}
+	if j := k.d.jobs.OnDisk(k.spec.ID); j != nil {
+		return control.Errorf(control.ErrPrecondition, "job %s works on disk %q: wait for its end or cancel it", j.Record().ID, k.spec.ID)
 	}
 	if err := k.hold(true); err != nil {
 		return err
