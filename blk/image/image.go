@@ -52,6 +52,8 @@ type Options struct {
 	Cache    *qcow2.Cache            // of all images of the chain; nil: one of their own
 	Barrier  func(t *blk.Task) error // see qcow2.Options
 	MaxDepth int                     // images behind the first; 0: chain.MaxDepth
+
+	claim bool // see file.Options; of the first image
 }
 
 // Layer names an image.
@@ -75,6 +77,7 @@ type Image struct {
 	Lower *chain.Node
 	Chain []*Member // the first is Root's
 
+	cache    *qcow2.Cache
 	warnings []string
 }
 
@@ -93,7 +96,7 @@ func open(t *blk.Task, path, format string, o Options, behind func(*Image) blk.N
 	if o.Cache == nil {
 		o.Cache = qcow2.NewCache(qcow2.DefaultCacheBytes)
 	}
-	g := &Image{}
+	g := &Image{cache: o.Cache}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, g.Close())
@@ -167,7 +170,7 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 	}
 	fo := file.Options{ReadOnly: true, Direct: o.Direct, NoSync: o.NoSync}
 	if len(g.Chain) == 0 {
-		fo.ReadOnly, fo.Align, fo.Unlocked = o.ReadOnly, o.Align, o.Unlocked
+		fo.ReadOnly, fo.Align, fo.Unlocked, fo.Claim = o.ReadOnly, o.Align, o.Unlocked, o.claim
 	}
 	var err error
 	so := fo
