@@ -160,6 +160,30 @@ func TestOverlayFlushes(t *testing.T) {
 	}
 }
 
+// There is no moment at which somebody else could open the image for writing that goes behind the overlay.
+func TestOverlayLocks(t *testing.T) {
+	d, task := newDir(t), blk.NewTask()
+	d.make("base", CreateOptions{Format: Raw})
+	g := d.open("base", Raw, Options{})
+	v, err := OpenOverlay(task, d.overlay("top", "base", Raw), g, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := v.Join(task); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Close(); err != nil { // the first half of Retire
+		t.Fatal(err)
+	}
+	if n, err := file.Open(d.at("base"), file.Options{}); !errors.Is(err, file.ErrInUse) {
+		t.Errorf("open for writing: %v", err)
+		n.Close()
+	}
+	if err := errors.Join(v.base.lock(), v.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // An overlay that holds something would change what the guest reads.
 func TestOverlayHoldsNothing(t *testing.T) {
 	d, task := newDir(t), blk.NewTask()
