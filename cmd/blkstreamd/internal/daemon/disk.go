@@ -35,6 +35,9 @@ type record struct {
 	// Moved are the images that the disk was on before, oldest first. A configuration that still names one of them
 	// is out of date.
 	Moved []string `json:"moved,omitempty"`
+	// CacheOff: the guest has switched the write cache off. It does not flush then, and its front-end does not tell a
+	// daemon that comes back.
+	CacheOff bool `json:"cache_off,omitempty"`
 	// Added is the whole specification of a disk that was added at run time.
 	Added *config.Disk `json:"added,omitempty"`
 }
@@ -83,7 +86,7 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 		return fmt.Errorf("%s:%d: disk %q was moved to %s, which is %s, but the configuration says %s: write format = %q",
 			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, r.Format, spec.Format, r.Format)
 	default:
-		r = record{Image: spec.Image, Format: spec.Format}
+		r = record{Image: spec.Image, Format: spec.Format, CacheOff: r.CacheOff}
 		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
 			return err
 		}
@@ -228,8 +231,8 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 	}
 	k.dev = vblk.New(k.graph, size, vblk.Options{
 		ID: spec.ID, Serial: spec.Serial, Queues: spec.Queues, Depth: spec.QueueSize, BlockSize: spec.BlockSize,
-		ReadOnly: spec.ReadOnly, Discard: spec.Discard, WriteThrough: spec.Cache == "writethrough",
-		Use: k.hold, PollMax: time.Duration(spec.PollUS) * time.Microsecond, NoURing: os.Getenv("BLKSTREAM_NO_URING") != "", Log: d.opts.Log,
+		ReadOnly: spec.ReadOnly, Discard: spec.Discard, WriteThrough: spec.Cache == "writethrough", CacheOff: r.CacheOff,
+		Use: k.hold, Cache: k.keepCache, PollMax: time.Duration(spec.PollUS) * time.Microsecond, NoURing: os.Getenv("BLKSTREAM_NO_URING") != "", Log: d.opts.Log,
 	})
 	k.server = vhostuser.NewServer(k.dev, vhostuser.Options{Logger: d.opts.Log.With("disk", spec.ID)})
 	if err := k.serve(); err != nil {
@@ -342,6 +345,22 @@ func (k *disk) moveTo(image, format string) error {
 	r.Image, r.Format = image, format
 	if err := k.d.store.Save(recordKind, k.spec.ID, &r); err != nil {
 		return errors.Join(err, k.d.store.Save(recordKind, k.spec.ID, &k.rec))
+	}
+	k.rec = r
+	return nil
+}
+
+// keepCache records whether the guest wants a write cache.
+func (k *disk) keepCache(on bool) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.d.store == nil || k.rec.CacheOff == !on {
+		return nil
+	}
+	r := k.rec
+	r.CacheOff = !on
+	if err := k.d.store.Save(recordKind, k.spec.ID, &r); err != nil {
+		return err
 	}
 	k.rec = r
 	return nil
