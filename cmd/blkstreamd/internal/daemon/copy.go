@@ -330,13 +330,9 @@ func (d *Daemon) resumeJob(r job.Record) error {
 	if err := config.CheckRoots(r.Target, d.file.Daemon.ImageRoots); err != nil {
 		return err
 	}
-	paused := r.State == job.StatePaused
 	r.Source, r.TargetConsistent, r.Stage, r.Error = k.record().Image, false, "", ""
 	r.Message = "started again from the beginning after a restart of the daemon"
 	r.BytesDone, r.BytesTotal, r.VerifiedBytes = 0, 0, 0
-	j, err := d.startCopy(k, r, false, false)
-	if err == nil && paused {
-		err = j.Pause()
-	}
+	_, err = d.startCopy(k, r, false, false)
 	return err
 }

@@ -168,13 +168,9 @@ func (d *Daemon) resumeStream(k *disk, r job.Record) error {
 	if k.spec.ReadOnly {
 		return errors.New("the disk is read-only now")
 	}
-	paused := r.State == job.StatePaused
 	r.Stage, r.Error, r.BytesDone, r.BytesTotal = "", "", 0, 0
 	r.Message = "started again after a restart of the daemon; what was copied is skipped"
-	j, err := d.startStream(k, r)
-	if err == nil && paused {
-		err = j.Pause()
-	}
+	_, err := d.startStream(k, r)
 	return err
 }
 
