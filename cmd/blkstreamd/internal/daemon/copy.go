@@ -299,6 +299,9 @@ func (d *Daemon) resumeJobs(open []job.Record) {
 		}
 		r.State, r.Error, r.TargetConsistent = job.StateFailed, fmt.Sprintf("the daemon was restarted, and the job cannot go on: %v", err), false
 		r.Message = fmt.Sprintf("%s is incomplete; the guest stays on %s", r.Target, r.Source)
+		if r.Kind == kindCommit {
+			r.Message = "nothing is merged; the chain is as it was"
+		}
 		if err := d.jobs.End(r); err != nil {
 			d.opts.Log.Error("the journal cannot be written", "err", err)
 		}
@@ -310,6 +313,9 @@ func (d *Daemon) resumeJob(r job.Record) error {
 	k, err := d.find(r.Disk)
 	if err != nil {
 		return err
+	}
+	if r.Kind == kindCommit {
+		return d.resumeCommit(k, r)
 	}
 	if k.record().Image == r.Target {
 		r.State, r.Error, r.Message = job.StateCompleted, "", k.hint(r.Target, r.Format)
