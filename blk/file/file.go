@@ -164,6 +164,9 @@ func (n *Node) Lock() error {
 	return err
 }
 
+// Claim takes the locks and does not look for those of others: see Options.Claim.
+func (n *Node) Claim() error { return claimImage(n.host.Fd, n.host.Path, !n.Info().ReadOnly) }
+
 // Unlock lets others open the image for writing. Nobody may write through the node until Lock.
 func (n *Node) Unlock() error { return unlockImage(n.host.Fd, n.host.Path) }
 

@@ -127,3 +127,35 @@ func TestDropNames(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// What lies behind the end of an image that is left reads as zeros, though the base that stays is longer.
+func TestDropShort(t *testing.T) {
+	d := newDir(t)
+	for name, o := range map[string]CreateOptions{
+		"base":   {Format: Raw, CreateOptions: qcow2.CreateOptions{Size: 4 << 20}},
+		"middle": {Format: Qcow2, CreateOptions: qcow2.CreateOptions{Size: 1<<20 + 512}},
+		"top":    {Format: Qcow2, CreateOptions: qcow2.CreateOptions{Size: 4 << 20}},
+	} {
+		if err := Create(t.Context(), d.at(name), o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.tool("qemu-io", "-f", Raw, "-c", "write -q -P 7 0 4M", "base")
+	d.tool("qemu-img", "rebase", "-u", "-f", Qcow2, "-F", Raw, "-b", "base", "middle")
+	d.tool("qemu-img", "rebase", "-u", "-f", Qcow2, "-F", Qcow2, "-b", "middle", "top")
+	data := d.contents("top", Qcow2)
+	task := blk.NewTask()
+	g := d.open("top", Qcow2, Options{})
+	f := cor.New(g.Root, g.Chain[0].Header.ClusterSize(), func(err error) { t.Error(err) })
+	if err := f.Pull(task, 0, g.Root.Info().Size, 2); err != nil {
+		t.Fatal(err)
+	}
+	next, dropped, err := g.Drop(task, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.checkContents(next, data)
+	if err := errors.Join(CloseMembers(dropped), next.Close()); err != nil {
+		t.Error(err)
+	}
+}

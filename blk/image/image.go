@@ -69,7 +69,9 @@ type Member struct {
 	DataFile, Backing string
 	Node              blk.Node // of this image alone, except that of the first one, which has the others behind it
 
-	storage, data *file.Node // until Node owns them
+	storage, data *file.Node   // until Node owns them
+	files         []*file.Node // both, also afterwards: for their locks
+	layer         blk.Node     // what a chain has of it; nil: Node
 }
 
 // Image is an open image with what is behind it.
@@ -182,7 +184,7 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 	if m.storage, err = g.openStorage(m.Path, seen, so, o.Check); err != nil {
 		return err
 	}
-	g.Chain = append(g.Chain, m)
+	g.Chain, m.files = append(g.Chain, m), []*file.Node{m.storage}
 	if m.Format == Raw {
 		return nil
 	}
@@ -201,6 +203,7 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 	if m.data, err = g.openStorage(m.DataFile, seen, fo, o.Check); err != nil {
 		return fmt.Errorf("image %q: data file: %w", m.Path, err)
 	}
+	m.files = append(m.files, m.data)
 	return nil
 }
 

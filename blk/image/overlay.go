@@ -23,9 +23,9 @@ var ErrOverlay = errors.New("not an empty overlay of the image")
 // Overlay is an image that is about to be put over another one.
 type Overlay struct {
 	old   *Image
-	top   *Image // of one image
-	base  *again // the first image of old; nil before Join
-	image *Image // likewise
+	top   *Image  // of one image
+	base  *Member // the first image of old; nil before Join
+	image *Image  // likewise
 	o     Options
 }
 
@@ -105,14 +105,14 @@ func (v *Overlay) Join(t *blk.Task) (*Image, error) {
 	o := v.o
 	o.ReadOnly = true
 	first := v.old.Chain[0]
-	base, err := reopen(t, first.Layer, o, nil)
+	base, err := reopen(t, first.Layer, o, nil, nil)
 	if err != nil {
 		return nil, err
 	}
 	v.base = base
 	base.Backing = first.Backing
 	g := &Image{
-		Chain: slices.Concat(v.top.Chain, []*Member{base.Member}, v.old.Chain[1:]),
+		Chain: slices.Concat(v.top.Chain, []*Member{base}, v.old.Chain[1:]),
 		cache: v.old.cache, warnings: v.top.warnings,
 	}
 	if err := g.joinLower(v.old.Lower); err != nil {
@@ -135,13 +135,21 @@ func (g *Image) joinLower(from *chain.Node) (err error) {
 	}
 	var lower []blk.Node
 	for _, m := range g.Chain[1:] {
-		lower = append(lower, m.Node)
+		lower = append(lower, m.inChain())
 	}
 	g.Lower, err = chain.New(lower, chain.Options{Unit: unit(g.Chain), From: from})
 	if err != nil {
 		return fmt.Errorf("image %q: %w", g.Chain[0].Path, err)
 	}
 	return nil
+}
+
+// inChain is what a chain has of the member.
+func (m *Member) inChain() blk.Node {
+	if m.layer != nil {
+		return m.layer
+	}
+	return m.Node
 }
 
 // Retire closes what the guest was on, but for the images that the new one has taken over. Those are locked against
@@ -170,36 +178,44 @@ func (g *Image) BackingName() (string, error) {
 	return path, nil
 }
 
-// again is one image that is open a second time. Its locks are taken and those of others not looked for: the first
-// opening has conflicting ones.
-type again struct {
-	*Member
-	files []*file.Node // which belong to Node
-}
-
-// reopen opens one image alone.
-func reopen(t *blk.Task, l Layer, o Options, backing blk.Node) (*again, error) {
+// reopen opens one image of a chain alone, a second time. Its locks are taken and those of others not looked for: the
+// first opening has conflicting ones. between, if not nil, is called with the files open and nothing read yet.
+func reopen(t *blk.Task, l Layer, o Options, backing blk.Node, between func(*Member) error) (_ *Member, err error) {
 	o.claim = true
 	g := &Image{cache: o.Cache}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, g.Close())
+		}
+	}()
 	if err := g.openFiles(t, l, o, false); err != nil {
-		return nil, errors.Join(err, g.Close())
+		return nil, err
 	}
-	m := g.Chain[0]
-	a := &again{Member: m, files: []*file.Node{m.storage}}
-	if m.data != nil {
-		a.files = append(a.files, m.data)
+	if between != nil {
+		if err := between(g.Chain[0]); err != nil {
+			return nil, err
+		}
 	}
 	if err := g.openNode(t, 0, o, backing); err != nil {
-		return nil, errors.Join(err, g.Close())
+		return nil, err
 	}
-	return a, nil
+	return g.Chain[0], nil
 }
 
-// lock looks for locks of others, when the first opening is closed or has given up its own.
-func (a *again) lock() error {
+// lock takes a member's locks. Whoever else has conflicting ones, another opening of our own included, must have given
+// them up.
+func (m *Member) lock() error { return m.each((*file.Node).Lock) }
+
+// claim takes a member's locks and does not look for those of others.
+func (m *Member) claim() error { return m.each((*file.Node).Claim) }
+
+// unlock gives up all locks but the right to read.
+func (m *Member) unlock() error { return m.each((*file.Node).Unlock) }
+
+func (m *Member) each(fn func(*file.Node) error) error {
 	var errs []error
-	for _, f := range a.files {
-		errs = append(errs, f.Lock())
+	for _, f := range m.files {
+		errs = append(errs, fn(f))
 	}
 	return errors.Join(errs...)
 }

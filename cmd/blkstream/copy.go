@@ -91,7 +91,11 @@ func (a *app) printOutcome(job *control.Job) {
 			job.Id, job.Disk, job.Target, job.Disk)
 		return
 	}
-	fmt.Fprintf(a.out, "job %s is %s: %s uses %s\n", job.Id, job.State, job.Disk, job.Target)
+	if job.Kind == "commit" {
+		fmt.Fprintf(a.out, "job %s is %s\n", job.Id, job.State)
+	} else {
+		fmt.Fprintf(a.out, "job %s is %s: %s uses %s\n", job.Id, job.State, job.Disk, job.Target)
+	}
 	if job.Message != "" {
 		fmt.Fprintln(a.out, job.Message)
 	}

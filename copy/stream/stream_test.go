@@ -340,7 +340,7 @@ func TestErrors(t *testing.T) {
 					return r.top.SetBacking(blk.NewTask(), nil, "", "")
 				}
 			case c.target:
-				rule.Ops, rule.Off, rule.Len, rule.After = []blk.Op{blk.OpWrite}, 0, 0, 3
+				rule.Ops, rule.Off, rule.Len, rule.After = []blk.Op{blk.OpWrite}, 0, 0, 1
 				trap = r.storage.Add(rule)
 			default:
 				trap = r.middle.Add(rule)

@@ -308,6 +308,9 @@ func (d *Daemon) resumeJobs(open []job.Record) {
 		if r.Kind == kindStream {
 			r.Message = stillNeeded
 		}
+		if r.Kind == kindCommit {
+			r.Message = "nothing is merged; the chain is as it was"
+		}
 		if err := d.jobs.End(r); err != nil {
 			d.opts.Log.Error("the journal cannot be written", "err", err)
 		}
@@ -322,6 +325,9 @@ func (d *Daemon) resumeJob(r job.Record) error {
 	}
 	if r.Kind == kindStream {
 		return d.resumeStream(k, r)
+	}
+	if r.Kind == kindCommit {
+		return d.resumeCommit(k, r)
 	}
 	if k.record().Image == r.Target {
 		r.State, r.Error, r.Message = job.StateCompleted, "", k.hint(r.Target, r.Format)

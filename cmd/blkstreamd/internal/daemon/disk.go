@@ -202,7 +202,7 @@ func imageError(err error) error {
 	case errors.Is(err, image.ErrFormat), errors.Is(err, qcow2.ErrFeature):
 		return control.Errorf(control.ErrUnsupported, "%w", err)
 	case errors.Is(err, image.ErrNoFormat), errors.Is(err, image.ErrName), errors.Is(err, image.ErrLoop),
-		errors.Is(err, image.ErrDepth), errors.Is(err, image.ErrOverlay), errors.Is(err, qcow2.ErrFormat):
+		errors.Is(err, image.ErrDepth), errors.Is(err, image.ErrOverlay), errors.Is(err, image.ErrMerge), errors.Is(err, qcow2.ErrFormat):
 		return control.Errorf(control.ErrInvalid, "%w", err)
 	default:
 		return err

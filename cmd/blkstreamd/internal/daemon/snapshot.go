@@ -293,7 +293,3 @@ func (d *Daemon) finishSnapshots() error {
 func (s *service) Snapshot(ctx context.Context, r *control.SnapshotRequest) (*control.SnapshotResponse, error) {
 	return s.d.snapshot(ctx, r)
 }
-
-func (s *service) Commit(context.Context, *control.CommitRequest) (*control.Job, error) {
-	return nil, control.Errorf(control.ErrUnsupported, "not yet")
-}

@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package image
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/file"
+	"github.com/blkstream/blkstream/blk/qcow2"
+)
+
+// mergeBed is a chain in use, and what it must read as.
+type mergeBed struct {
+	*dir
+	rng   *rand.Rand
+	o     Options
+	g     *Image
+	model []byte
+	lower map[int][]byte // what the images behind the first one show, by place
+}
+
+// chainInUse makes a chain of images of several properties and sizes; the first is 0, the last raw or not.
+func chainInUse(t *testing.T, depth int) *mergeBed {
+	rng := seeded(t)
+	b := &mergeBed{dir: newDir(t), rng: rng, o: Options{Direct: rng.IntN(2) == 0, Align: blk.SectorSize}, lower: map[int][]byte{}}
+	var below []byte
+	for i := depth - 1; i >= 0; i-- {
+		size := overlaySize
+		if i > 0 && rng.IntN(2) == 0 {
+			size = (1 + rng.IntN(6)) * overlaySize / 4
+		}
+		o := CreateOptions{Format: Qcow2}
+		if i == depth-1 && rng.IntN(2) == 0 {
+			o.Format = Raw
+		} else {
+			o.ClusterSize = []int64{512, 4096, 64 << 10, 256 << 10}[rng.IntN(4)]
+			o.ExtendedL2 = o.ClusterSize >= 16<<10 && rng.IntN(2) == 0
+			if !o.ExtendedL2 {
+				o.Version = 2 + rng.IntN(2)
+			}
+			if i < depth-1 {
+				o.BackingFile, o.BackingFormat = b.at(fmt.Sprint(i+1)), b.format(i+1)
+			}
+		}
+		o.Size = int64(size)
+		b.make(fmt.Sprint(i), o)
+		h := b.open(fmt.Sprint(i), o.Format, Options{Align: blk.SectorSize})
+		m := make([]byte, size)
+		copy(m, below)
+		if q, ok := h.Root.(*qcow2.Node); ok && rng.IntN(2) == 0 && int64(size) >= q.Header().ClusterSize() {
+			packed := bytes.Repeat([]byte{byte(1 + rng.IntN(255))}, int(q.Header().ClusterSize()))
+			if err := q.WriteCompressed(blk.NewTask(), 0, packed); err != nil {
+				t.Fatal(err)
+			}
+			copy(m, packed)
+		}
+		for range 6 {
+			b.changeSome(h.Root, m)
+		}
+		b.checkContents(h, m)
+		if err := h.Close(); err != nil {
+			t.Fatal(err)
+		}
+		below, b.lower[i] = m, m
+	}
+	b.model = bytes.Clone(below)
+	b.g = b.open("0", Qcow2, b.o)
+	return b
+}
+
+func (b *mergeBed) format(i int) string {
+	if b.isQcow2(fmt.Sprint(i)) {
+		return Qcow2
+	}
+	return Raw
+}
+
+// changeSome is change for a disk of another size.
+func (b *mergeBed) changeSome(n blk.Node, model []byte) {
+	b.Helper()
+	off := b.rng.Int64N(int64(len(model))/512) * 512
+	l := min((1+b.rng.Int64N(400))*512, int64(len(model))-off)
+	b.changeAt(off, l, byte(b.rng.IntN(5)*b.rng.IntN(60)), model, n)
+}
+
+// changeAt writes to all the nodes.
+func (b *mergeBed) changeAt(off, l int64, fill byte, model []byte, nodes ...blk.Node) {
+	b.Helper()
+	copy(model[off:], bytes.Repeat([]byte{fill}, int(l)))
+	for _, n := range nodes {
+		err := write(blk.NewTask(), n, model[off:off+l], off)
+		if fill == 0 {
+			err = blk.Do(blk.NewTask(), n, &blk.Request{Op: blk.OpWriteZeroes, Flags: blk.Unmap, Off: off, Len: l})
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// copyHeld copies what view holds less deep than depth, a piece at a time, with during in between.
+func (b *mergeBed) copyHeld(view blk.Node, depth int, base blk.Node, during func()) {
+	b.Helper()
+	t := blk.NewTask()
+	size := view.Info().Size
+	for off := int64(0); off < size; {
+		x, err := view.Map(t, off, min(size-off, int64(1+b.rng.IntN(500))*512))
+		if err != nil {
+			b.Fatal(err)
+		}
+		if int(x.Depth) < depth {
+			buf := make([]byte, x.Len)
+			if err := errors.Join(read(t, view, buf, off), write(t, base, buf, off)); err != nil {
+				b.Fatal(err)
+			}
+		}
+		off += x.Len
+		during()
+	}
+	if rest := base.Info().Size - size; rest > 0 {
+		if err := writeZeroes(t, base, size, rest); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// done closes the chain and looks at the images with these names.
+func (b *mergeBed) done(names ...int) {
+	b.Helper()
+	b.checkContents(b.g, b.model)
+	if err := b.g.Close(); err != nil {
+		b.Fatal(err)
+	}
+	for i, name := range names {
+		f := b.format(name)
+		h := b.open(fmt.Sprint(name), f, Options{}) // no lock is left
+		if i == 0 {
+			b.checkContents(h, b.model)
+		}
+		if len(h.Chain) != len(names)-i {
+			b.Errorf("image %d has %d images behind it, want %v", name, len(h.Chain)-1, names[i+1:])
+		}
+		if err := h.Close(); err != nil {
+			b.Fatal(err)
+		}
+		if f == Qcow2 {
+			if r, err := Check(b.at(fmt.Sprint(name)), f, qcow2.RepairNone, nil); err != nil || r.Errors != 0 || r.Leaks != 0 {
+				b.Errorf("image %d: %+v, %v", name, r, err)
+			}
+		}
+	}
+}
+
+func (b *mergeBed) begin(top, base int) *Merge {
+	b.Helper()
+	m, err := OpenMerge(blk.NewTask(), b.g, top, base, b.o)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.checkContents(b.g, b.model)
+	b.locked(b.g.Chain[base].Path)
+	b.step(m, m.Insert)
+	b.locked(b.g.Chain[base].Path)
+	return m
+}
+
+func (b *mergeBed) step(m *Merge, change func() (*Image, error)) {
+	b.Helper()
+	g, err := change()
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.g = g
+	b.checkContents(g, b.model)
+	if err := m.Settle(); err != nil {
+		b.Fatal(err)
+	}
+	b.checkContents(g, b.model)
+}
+
+// locked wants an image that nobody else may write.
+func (b *mergeBed) locked(path string) {
+	b.Helper()
+	if n, err := file.Open(path, file.Options{}); !errors.Is(err, file.ErrInUse) {
+		b.Errorf("%s may be written: %v", path, err)
+		n.Close()
+	}
+}
+
+// Images in the middle of a chain are merged while the guest writes.
+func TestMergeMiddle(t *testing.T) {
+	for range 30 {
+		b := chainInUse(t, 5)
+		top := 1 + b.rng.IntN(3)
+		base := top + 1 + b.rng.IntN(4-top)
+		m := b.begin(top, base)
+		view, err := m.View()
+		if err != nil {
+			t.Fatal(err)
+		}
+		during := func() {
+			switch b.rng.IntN(10) {
+			case 0:
+				b.changeSome(b.g.Root, b.model)
+			case 1:
+				b.checkContents(b.g, b.model)
+			}
+		}
+		stop := b.rng.IntN(5) == 0
+		b.copyHeld(view, m.Depth(), m.Base(), during)
+		if stop {
+			b.step(m, func() (*Image, error) { return m.Remove(blk.NewTask()) })
+			b.locked(b.g.Chain[base].Path)
+			b.changeSome(b.g.Root, b.model)
+			b.done(0, 1, 2, 3, 4)
+			continue
+		}
+		b.step(m, func() (*Image, error) { return m.Drop(blk.NewTask()) })
+		b.changeSome(b.g.Root, b.model)
+		for _, i := range b.g.Chain {
+			b.locked(i.Path)
+		}
+		names := []int{0, 1, 2, 3, 4}
+		left := append(names[:top:top], names[base:]...)
+		// What the base shows is what the first of the merged images did, and zeros behind its end.
+		b.done(left...)
+		want := make([]byte, max(len(b.lower[top]), len(b.lower[base])))
+		copy(want, b.lower[top])
+		h := b.open(fmt.Sprint(base), b.format(base), Options{ReadOnly: true})
+		b.checkContents(h, want)
+		if err := h.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if t.Failed() {
+			t.Fatalf("merged %d to %d into %d", top, base-1, base)
+		}
+	}
+}
+
+// The images from the first one on are merged; the guest's writes go to the base too, before or after the first one.
+func TestMergeFirst(t *testing.T) {
+	for range 30 {
+		b := chainInUse(t, 4)
+		base := 1 + b.rng.IntN(3)
+		if b.g.Chain[base].Size > overlaySize {
+			if _, err := OpenMerge(blk.NewTask(), b.g, 0, base, b.o); !errors.Is(err, ErrMerge) {
+				t.Fatalf("merged into a longer base: %v", err)
+			}
+			b.done(0, 1, 2, 3)
+			continue
+		}
+		m := b.begin(0, base)
+		both := func() {
+			off := b.rng.Int64N(overlaySize/512) * 512
+			l := min((1+b.rng.Int64N(200))*512, overlaySize-off)
+			nodes := []blk.Node{b.g.Root, m.Base()}
+			if b.rng.IntN(2) == 0 {
+				nodes[0], nodes[1] = nodes[1], nodes[0]
+			}
+			b.changeAt(off, l, byte(b.rng.IntN(200)), b.model, nodes...)
+		}
+		b.copyHeld(b.g.Root, base, m.Base(), func() {
+			switch b.rng.IntN(10) {
+			case 0, 1:
+				both()
+			case 2:
+				b.checkContents(b.g, b.model)
+			}
+		})
+		both()
+		if b.rng.IntN(5) == 0 {
+			b.step(m, func() (*Image, error) { return m.Remove(blk.NewTask()) })
+			b.changeSome(b.g.Root, b.model)
+			b.done(0, 1, 2, 3)
+			continue
+		}
+		b.step(m, func() (*Image, error) { return m.Turn(), nil })
+		for range 5 {
+			b.changeSome(b.g.Root, b.model)
+		}
+		b.done([]int{0, 1, 2, 3}[base:]...)
+		if t.Failed() {
+			t.Fatalf("merged into %d", base)
+		}
+	}
+}
+
+// A base that somebody else reads, or an image that would have to be changed, is refused, and all is as before.
+func TestMergeLocks(t *testing.T) {
+	for _, other := range []int{1, 3} {
+		b := chainInUse(t, 4)
+		h := b.open(fmt.Sprint(other), b.format(other), Options{ReadOnly: true})
+		if _, err := OpenMerge(blk.NewTask(), b.g, 2, 3, b.o); !errors.Is(err, file.ErrInUse) {
+			t.Fatalf("image %d is read by someone else: %v", other, err)
+		}
+		if err := h.Close(); err != nil {
+			t.Fatal(err)
+		}
+		b.locked(b.g.Chain[other].Path)
+		b.checkContents(b.g, b.model)
+		m := b.begin(2, 3)
+		b.step(m, func() (*Image, error) { return m.Remove(blk.NewTask()) })
+		b.done(0, 1, 2, 3)
+	}
+}
