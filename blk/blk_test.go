@@ -435,6 +435,45 @@ func (q *queue) Pause(ctx context.Context) error {
 	return q.fail
 }
 
+// The sources of all graphs are paused at the same time, or the change does not happen.
+func TestChangeAll(t *testing.T) {
+	stuck := errors.New("ring is stuck")
+	var graphs []*Graph
+	sources := []*queue{{}, {}, {}}
+	for i, s := range sources {
+		graphs = append(graphs, NewGraph(&stub{info: Info{Kind: "raw"}}))
+		graphs[i].Attach(s)
+	}
+	after := &stub{info: Info{Name: "after", Kind: "raw"}}
+	all := func() error {
+		return ChangeAll(context.Background(), graphs, func(txs []*Tx) error {
+			for i, s := range sources {
+				if s.paused.Load() != 1 {
+					t.Errorf("source %d is not paused", i)
+				}
+				if root := txs[i].Root(); root != graphs[i].Root() {
+					t.Errorf("graph %d comes as another one", i)
+				}
+			}
+			txs[1].SetRoot(after)
+			return nil
+		})
+	}
+	sources[2].fail = stuck
+	if err := all(); !errors.Is(err, stuck) || graphs[1].Root() == after {
+		t.Errorf("one fails to pause: %v", err)
+	}
+	sources[2].fail = nil
+	if err := all(); err != nil || graphs[1].Root() != after || graphs[0].Root() == after {
+		t.Errorf("all pause: %v", err)
+	}
+	for i, s := range sources {
+		if s.paused.Load() != 0 {
+			t.Errorf("source %d stays paused", i)
+		}
+	}
+}
+
 func TestChange(t *testing.T) {
 	failed := errors.New("ring is stuck")
 	for _, c := range []struct {

@@ -138,15 +138,29 @@ func (tx *Tx) SetRoot(n Node) { tx.g.root = n }
 // Change runs fn while every source is paused with nothing in flight, then lets them go on. If a source cannot be
 // paused before ctx ends, fn is not run and all go on as before.
 func (g *Graph) Change(ctx context.Context, fn func(*Tx) error) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
+	return ChangeAll(ctx, []*Graph{g}, func(txs []*Tx) error { return fn(txs[0]) })
+}
+
+// ChangeAll is Change for several graphs, whose sources are all paused at the same time. All callers must name graphs
+// in one and the same order, or they wait for each other forever.
+func ChangeAll(ctx context.Context, graphs []*Graph, fn func([]*Tx) error) error {
+	var (
+		all []Source
+		txs []*Tx
+	)
+	for _, g := range graphs {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		all = slices.AppendSeq(all, maps.Keys(g.sources))
+		txs = append(txs, &Tx{g})
+	}
 	var (
 		wg     sync.WaitGroup
 		emu    sync.Mutex
 		errs   []error
 		paused []Source
 	)
-	for s := range g.sources {
+	for _, s := range all {
 		wg.Go(func() {
 			err := s.Pause(ctx)
 			emu.Lock()
@@ -167,7 +181,7 @@ func (g *Graph) Change(ctx context.Context, fn func(*Tx) error) error {
 	if len(errs) > 0 {
 		return fmt.Errorf("the disk's queues did not come to rest: %w", errors.Join(errs...))
 	}
-	return fn(&Tx{g})
+	return fn(txs)
 }
 
 // String draws the stack, one node a line, the root first.

@@ -25,10 +25,13 @@ import (
 // Options of Open.
 type Options struct {
 	ReadOnly bool
-	Direct   bool  // bypass the host's page cache, if the storage can; see Node.Warnings
-	NoSync   bool  // ignore flushes: the data is lost when the host dies
-	Unlocked bool  // no locks that keep writers out until Lock
-	Align    int64 // every write and zeroing is a multiple of this many bytes, a power of two; 0 is 1
+	Direct   bool // bypass the host's page cache, if the storage can; see Node.Warnings
+	NoSync   bool // ignore flushes: the data is lost when the host dies
+	Unlocked bool // no locks that keep writers out until Lock
+	// Claim is for who has the image open already and changes between reading and writing: all locks are taken, but
+	// those of others are not looked for until Lock. So there is no moment at which a third one could come in.
+	Claim bool
+	Align int64 // every write and zeroing is a multiple of this many bytes, a power of two; 0 is 1
 	// Grows: the file belongs to a format that makes it longer as it needs, so its length means nothing: it is filled
 	// up to whole blocks for direct I/O (of a file that is only read, zeros show there).
 	Grows bool
@@ -90,12 +93,19 @@ func (n *Node) setup(o Options) error {
 	if o.Align < 0 || bits.OnesCount64(uint64(n.promise)) != 1 {
 		return fmt.Errorf("open image %q: alignment %d: %w", path, o.Align, blk.ErrInvalid)
 	}
-	if o.Unlocked {
+	switch {
+	case o.Claim:
+		if err := claimImage(n.host.Fd, path, !o.ReadOnly); err != nil {
+			return err
+		}
+	case o.Unlocked:
 		if err := takeLock(n.host.Fd, usedBase+permRead); err != nil {
 			return fmt.Errorf("lock image %q: %w", path, err)
 		}
-	} else if err := lockImage(n.host.Fd, path, !o.ReadOnly); err != nil {
-		return err
+	default:
+		if err := lockImage(n.host.Fd, path, !o.ReadOnly); err != nil {
+			return err
+		}
 	}
 	size, sector, err := hostSize(n.host.Fd)
 	if err != nil {
@@ -144,7 +154,7 @@ func (n *Node) setup(o Options) error {
 	return nil
 }
 
-// Lock takes the locks that Unlock gave up, or that Options.Unlocked left out. After an error (ErrInUse: somebody else
+// Lock takes the locks that Unlock gave up, or that Options.Unlocked or Options.Claim left out. After an error (ErrInUse: somebody else
 // has them) there are none, and nobody may write through the node.
 func (n *Node) Lock() error {
 	err := lockImage(n.host.Fd, n.host.Path, !n.Info().ReadOnly)

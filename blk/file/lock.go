@@ -26,25 +26,21 @@ const (
 	permResize = 3
 )
 
-// lockImage takes the locks of a reader or a writer. Both let others read and do not let them write or resize.
-func lockImage(fd int, path string, write bool) error {
-	used := []int64{permRead}
+// permissions are what a reader or a writer uses, and what both do not let others use.
+func permissions(write bool) (used, unshared []int64) {
+	used = []int64{permRead}
 	if write {
 		used = append(used, permWrite, permResize)
 	}
-	unshared := []int64{permWrite, permResize}
+	return used, []int64{permWrite, permResize}
+}
 
-	for _, p := range used {
-		if err := takeLock(fd, usedBase+p); err != nil {
-			return fmt.Errorf("lock image %q: %w", path, err)
-		}
+// lockImage takes the locks of a reader or a writer. Both let others read and do not let them write or resize.
+func lockImage(fd int, path string, write bool) error {
+	if err := claimImage(fd, path, write); err != nil {
+		return err
 	}
-	for _, p := range unshared {
-		if err := takeLock(fd, unsharedBase+p); err != nil {
-			return fmt.Errorf("lock image %q: %w", path, err)
-		}
-	}
-
+	used, unshared := permissions(write)
 	for _, p := range used {
 		why := "it lets nobody else write"
 		if p == permRead {
@@ -57,6 +53,22 @@ func lockImage(fd int, path string, write bool) error {
 	for _, p := range unshared {
 		if err := checkLock(fd, path, usedBase+p, "it may write there"); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// claimImage takes the locks and does not look for those of others. Who looks for ours gets out of the way from then on.
+func claimImage(fd int, path string, write bool) error {
+	used, unshared := permissions(write)
+	for _, p := range used {
+		if err := takeLock(fd, usedBase+p); err != nil {
+			return fmt.Errorf("lock image %q: %w", path, err)
+		}
+	}
+	for _, p := range unshared {
+		if err := takeLock(fd, unsharedBase+p); err != nil {
+			return fmt.Errorf("lock image %q: %w", path, err)
 		}
 	}
 	return nil

@@ -20,6 +20,8 @@ type CreateOptions struct {
 	qcow2.CreateOptions
 	// Existing takes a file or device that is there already, and drops what it holds. Otherwise it must not exist.
 	Existing bool
+	// Unopened: the backing image is not looked at, for it is in use. Size must be given.
+	Unopened bool
 	Check    func(path string) error
 }
 
@@ -86,7 +88,7 @@ func (o *CreateOptions) complete(t *blk.Task, path string) error {
 	if o.BackingFile == "" && o.BackingFormat != "" {
 		return fmt.Errorf("a backing format without a backing file: %w", blk.ErrInvalid)
 	}
-	if o.BackingFile != "" {
+	if o.BackingFile != "" && !o.Unopened {
 		size, err := o.backingSize(t, path)
 		if err != nil {
 			return err

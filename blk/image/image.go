@@ -53,6 +53,8 @@ type Options struct {
 	Barrier  func(t *blk.Task) error // see qcow2.Options
 	Warn     func(string)            // of qcow2.Options, for the first image
 	MaxDepth int                     // images behind the first; 0: chain.MaxDepth
+
+	claim bool // see file.Options; of the first image
 }
 
 // Layer names an image.
@@ -76,6 +78,7 @@ type Image struct {
 	Lower *chain.Node
 	Chain []*Member // the first is Root's
 
+	cache    *qcow2.Cache
 	warnings []string
 }
 
@@ -94,7 +97,7 @@ func open(t *blk.Task, path, format string, o Options, behind func(*Image) blk.N
 	if o.Cache == nil {
 		o.Cache = qcow2.NewCache(qcow2.DefaultCacheBytes)
 	}
-	g := &Image{}
+	g := &Image{cache: o.Cache}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, g.Close())
@@ -168,7 +171,7 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 	}
 	fo := file.Options{ReadOnly: true, Direct: o.Direct, NoSync: o.NoSync}
 	if len(g.Chain) == 0 {
-		fo.ReadOnly, fo.Align, fo.Unlocked = o.ReadOnly, o.Align, o.Unlocked
+		fo.ReadOnly, fo.Align, fo.Unlocked, fo.Claim = o.ReadOnly, o.Align, o.Unlocked, o.claim
 	}
 	var err error
 	so := fo

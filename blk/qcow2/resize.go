@@ -188,6 +188,10 @@ func (n *Node) SetBacking(t *blk.Task, node blk.Node, name, format string) error
 	return nil
 }
 
+// Over puts node behind the image, as what its header names. Nothing may be in flight. The node that was there before is
+// the caller's.
+func (n *Node) Over(node blk.Node) { n.backing.Store(&backing{node, n.Header().BackingFile != ""}) }
+
 func (n *Node) setBacking(t *blk.Task, node blk.Node, name, format string) error {
 	if err := n.beginChange(t); err != nil {
 		return err

@@ -1852,6 +1852,315 @@ func (x *VersionResponse) GetVersion() string {
 	return ""
 }
 
+type SnapshotRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Disks  []*SnapshotDisk        `protobuf:"bytes,1,rep,name=disks,proto3" json:"disks,omitempty"`
+	Format string                 `protobuf:"bytes,2,opt,name=format,proto3" json:"format,omitempty"` // of the overlays: qcow2 (also if empty)
+	// The overlays were created by someone else; otherwise they must not exist.
+	Existing      bool `protobuf:"varint,3,opt,name=existing,proto3" json:"existing,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotRequest) Reset() {
+	*x = SnapshotRequest{}
+	mi := &file_control_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotRequest) ProtoMessage() {}
+
+func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
+func (*SnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *SnapshotRequest) GetDisks() []*SnapshotDisk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+func (x *SnapshotRequest) GetFormat() string {
+	if x != nil {
+		return x.Format
+	}
+	return ""
+}
+
+func (x *SnapshotRequest) GetExisting() bool {
+	if x != nil {
+		return x.Existing
+	}
+	return false
+}
+
+type SnapshotDisk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Overlay       string                 `protobuf:"bytes,2,opt,name=overlay,proto3" json:"overlay,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotDisk) Reset() {
+	*x = SnapshotDisk{}
+	mi := &file_control_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotDisk) ProtoMessage() {}
+
+func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotDisk.ProtoReflect.Descriptor instead.
+func (*SnapshotDisk) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *SnapshotDisk) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *SnapshotDisk) GetOverlay() string {
+	if x != nil {
+		return x.Overlay
+	}
+	return ""
+}
+
+type SnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PausedMs      float64                `protobuf:"fixed64,1,opt,name=paused_ms,json=pausedMs,proto3" json:"paused_ms,omitempty"` // how long the guests' requests were held up
+	Taken         []*SnapshotTaken       `protobuf:"bytes,2,rep,name=taken,proto3" json:"taken,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotResponse) Reset() {
+	*x = SnapshotResponse{}
+	mi := &file_control_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotResponse) ProtoMessage() {}
+
+func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotResponse.ProtoReflect.Descriptor instead.
+func (*SnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *SnapshotResponse) GetPausedMs() float64 {
+	if x != nil {
+		return x.PausedMs
+	}
+	return 0
+}
+
+func (x *SnapshotResponse) GetTaken() []*SnapshotTaken {
+	if x != nil {
+		return x.Taken
+	}
+	return nil
+}
+
+type SnapshotTaken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Overlay       string                 `protobuf:"bytes,2,opt,name=overlay,proto3" json:"overlay,omitempty"` // what the guest is on now
+	Backing       string                 `protobuf:"bytes,3,opt,name=backing,proto3" json:"backing,omitempty"` // what it was on, which does not change any more
+	Message       string                 `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"` // what to change in the configuration
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotTaken) Reset() {
+	*x = SnapshotTaken{}
+	mi := &file_control_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotTaken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotTaken) ProtoMessage() {}
+
+func (x *SnapshotTaken) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotTaken.ProtoReflect.Descriptor instead.
+func (*SnapshotTaken) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *SnapshotTaken) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *SnapshotTaken) GetOverlay() string {
+	if x != nil {
+		return x.Overlay
+	}
+	return ""
+}
+
+func (x *SnapshotTaken) GetBacking() string {
+	if x != nil {
+		return x.Backing
+	}
+	return ""
+}
+
+func (x *SnapshotTaken) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+type CommitRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Top           string                 `protobuf:"bytes,2,opt,name=top,proto3" json:"top,omitempty"`      // the first image to be merged; empty: the one that the guest is on
+	Base          string                 `protobuf:"bytes,3,opt,name=base,proto3" json:"base,omitempty"`    // what they are merged into; empty: the image behind top
+	Speed         int64                  `protobuf:"varint,4,opt,name=speed,proto3" json:"speed,omitempty"` // bytes per second; 0: no limit
+	Id            string                 `protobuf:"bytes,5,opt,name=id,proto3" json:"id,omitempty"`        // of the job; empty: chosen by the daemon
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CommitRequest) Reset() {
+	*x = CommitRequest{}
+	mi := &file_control_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CommitRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CommitRequest) ProtoMessage() {}
+
+func (x *CommitRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CommitRequest.ProtoReflect.Descriptor instead.
+func (*CommitRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *CommitRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *CommitRequest) GetTop() string {
+	if x != nil {
+		return x.Top
+	}
+	return ""
+}
+
+func (x *CommitRequest) GetBase() string {
+	if x != nil {
+		return x.Base
+	}
+	return ""
+}
+
+func (x *CommitRequest) GetSpeed() int64 {
+	if x != nil {
+		return x.Speed
+	}
+	return 0
+}
+
+func (x *CommitRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
 var File_control_proto protoreflect.FileDescriptor
 
 const file_control_proto_rawDesc = "" +
@@ -2010,7 +2319,28 @@ const file_control_proto_rawDesc = "" +
 	"\x02id\x18\x06 \x01(\tR\x02id\"\x10\n" +
 	"\x0eVersionRequest\"+\n" +
 	"\x0fVersionResponse\x12\x18\n" +
-	"\aversion\x18\x01 \x01(\tR\aversion2\xf7\b\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\"w\n" +
+	"\x0fSnapshotRequest\x120\n" +
+	"\x05disks\x18\x01 \x03(\v2\x1a.blkstream.v1.SnapshotDiskR\x05disks\x12\x16\n" +
+	"\x06format\x18\x02 \x01(\tR\x06format\x12\x1a\n" +
+	"\bexisting\x18\x03 \x01(\bR\bexisting\"<\n" +
+	"\fSnapshotDisk\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x18\n" +
+	"\aoverlay\x18\x02 \x01(\tR\aoverlay\"b\n" +
+	"\x10SnapshotResponse\x12\x1b\n" +
+	"\tpaused_ms\x18\x01 \x01(\x01R\bpausedMs\x121\n" +
+	"\x05taken\x18\x02 \x03(\v2\x1b.blkstream.v1.SnapshotTakenR\x05taken\"q\n" +
+	"\rSnapshotTaken\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x18\n" +
+	"\aoverlay\x18\x02 \x01(\tR\aoverlay\x12\x18\n" +
+	"\abacking\x18\x03 \x01(\tR\abacking\x12\x18\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\"o\n" +
+	"\rCommitRequest\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x10\n" +
+	"\x03top\x18\x02 \x01(\tR\x03top\x12\x12\n" +
+	"\x04base\x18\x03 \x01(\tR\x04base\x12\x14\n" +
+	"\x05speed\x18\x04 \x01(\x03R\x05speed\x12\x0e\n" +
+	"\x02id\x18\x05 \x01(\tR\x02id2\xfc\t\n" +
 	"\aControl\x12I\n" +
 	"\bDiskList\x12\x1d.blkstream.v1.DiskListRequest\x1a\x1e.blkstream.v1.DiskListResponse\x12=\n" +
 	"\bDiskShow\x12\x1d.blkstream.v1.DiskShowRequest\x1a\x12.blkstream.v1.Disk\x12;\n" +
@@ -2031,7 +2361,9 @@ const file_control_proto_rawDesc = "" +
 	"\n" +
 	"JobDismiss\x12\x1f.blkstream.v1.JobDismissRequest\x1a .blkstream.v1.JobDismissResponse\x128\n" +
 	"\x06Stream\x12\x1b.blkstream.v1.StreamRequest\x1a\x11.blkstream.v1.Job\x12F\n" +
-	"\aVersion\x12\x1c.blkstream.v1.VersionRequest\x1a\x1d.blkstream.v1.VersionResponseB-Z+github.com/blkstream/blkstream/copy/controlb\x06proto3"
+	"\aVersion\x12\x1c.blkstream.v1.VersionRequest\x1a\x1d.blkstream.v1.VersionResponse\x12I\n" +
+	"\bSnapshot\x12\x1d.blkstream.v1.SnapshotRequest\x1a\x1e.blkstream.v1.SnapshotResponse\x128\n" +
+	"\x06Commit\x12\x1b.blkstream.v1.CommitRequest\x1a\x11.blkstream.v1.JobB-Z+github.com/blkstream/blkstream/copy/controlb\x06proto3"
 
 var (
 	file_control_proto_rawDescOnce sync.Once
@@ -2045,7 +2377,7 @@ func file_control_proto_rawDescGZIP() []byte {
 	return file_control_proto_rawDescData
 }
 
-var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_control_proto_goTypes = []any{
 	(*DiskStats)(nil),          // 0: blkstream.v1.DiskStats
 	(*Disk)(nil),               // 1: blkstream.v1.Disk
@@ -2074,6 +2406,11 @@ var file_control_proto_goTypes = []any{
 	(*StreamRequest)(nil),      // 24: blkstream.v1.StreamRequest
 	(*VersionRequest)(nil),     // 25: blkstream.v1.VersionRequest
 	(*VersionResponse)(nil),    // 26: blkstream.v1.VersionResponse
+	(*SnapshotRequest)(nil),    // 27: blkstream.v1.SnapshotRequest
+	(*SnapshotDisk)(nil),       // 28: blkstream.v1.SnapshotDisk
+	(*SnapshotResponse)(nil),   // 29: blkstream.v1.SnapshotResponse
+	(*SnapshotTaken)(nil),      // 30: blkstream.v1.SnapshotTaken
+	(*CommitRequest)(nil),      // 31: blkstream.v1.CommitRequest
 }
 var file_control_proto_depIdxs = []int32{
 	0,  // 0: blkstream.v1.Disk.stats:type_name -> blkstream.v1.DiskStats
@@ -2081,45 +2418,51 @@ var file_control_proto_depIdxs = []int32{
 	9,  // 2: blkstream.v1.SwitchResponse.job:type_name -> blkstream.v1.Job
 	9,  // 3: blkstream.v1.JobListResponse.jobs:type_name -> blkstream.v1.Job
 	9,  // 4: blkstream.v1.JobEvent.job:type_name -> blkstream.v1.Job
-	2,  // 5: blkstream.v1.Control.DiskList:input_type -> blkstream.v1.DiskListRequest
-	4,  // 6: blkstream.v1.Control.DiskShow:input_type -> blkstream.v1.DiskShowRequest
-	5,  // 7: blkstream.v1.Control.DiskAdd:input_type -> blkstream.v1.DiskAddRequest
-	6,  // 8: blkstream.v1.Control.DiskRemove:input_type -> blkstream.v1.DiskRemoveRequest
-	8,  // 9: blkstream.v1.Control.DiskResize:input_type -> blkstream.v1.DiskResizeRequest
-	10, // 10: blkstream.v1.Control.Copy:input_type -> blkstream.v1.CopyRequest
-	11, // 11: blkstream.v1.Control.Switch:input_type -> blkstream.v1.SwitchRequest
-	13, // 12: blkstream.v1.Control.JobList:input_type -> blkstream.v1.JobListRequest
-	15, // 13: blkstream.v1.Control.JobShow:input_type -> blkstream.v1.JobShowRequest
-	16, // 14: blkstream.v1.Control.JobWatch:input_type -> blkstream.v1.JobWatchRequest
-	18, // 15: blkstream.v1.Control.JobPause:input_type -> blkstream.v1.JobPauseRequest
-	19, // 16: blkstream.v1.Control.JobResume:input_type -> blkstream.v1.JobResumeRequest
-	20, // 17: blkstream.v1.Control.JobCancel:input_type -> blkstream.v1.JobCancelRequest
-	21, // 18: blkstream.v1.Control.JobSpeed:input_type -> blkstream.v1.JobSpeedRequest
-	22, // 19: blkstream.v1.Control.JobDismiss:input_type -> blkstream.v1.JobDismissRequest
-	24, // 20: blkstream.v1.Control.Stream:input_type -> blkstream.v1.StreamRequest
-	25, // 21: blkstream.v1.Control.Version:input_type -> blkstream.v1.VersionRequest
-	3,  // 22: blkstream.v1.Control.DiskList:output_type -> blkstream.v1.DiskListResponse
-	1,  // 23: blkstream.v1.Control.DiskShow:output_type -> blkstream.v1.Disk
-	1,  // 24: blkstream.v1.Control.DiskAdd:output_type -> blkstream.v1.Disk
-	7,  // 25: blkstream.v1.Control.DiskRemove:output_type -> blkstream.v1.DiskRemoveResponse
-	1,  // 26: blkstream.v1.Control.DiskResize:output_type -> blkstream.v1.Disk
-	9,  // 27: blkstream.v1.Control.Copy:output_type -> blkstream.v1.Job
-	12, // 28: blkstream.v1.Control.Switch:output_type -> blkstream.v1.SwitchResponse
-	14, // 29: blkstream.v1.Control.JobList:output_type -> blkstream.v1.JobListResponse
-	9,  // 30: blkstream.v1.Control.JobShow:output_type -> blkstream.v1.Job
-	17, // 31: blkstream.v1.Control.JobWatch:output_type -> blkstream.v1.JobEvent
-	9,  // 32: blkstream.v1.Control.JobPause:output_type -> blkstream.v1.Job
-	9,  // 33: blkstream.v1.Control.JobResume:output_type -> blkstream.v1.Job
-	9,  // 34: blkstream.v1.Control.JobCancel:output_type -> blkstream.v1.Job
-	9,  // 35: blkstream.v1.Control.JobSpeed:output_type -> blkstream.v1.Job
-	23, // 36: blkstream.v1.Control.JobDismiss:output_type -> blkstream.v1.JobDismissResponse
-	9,  // 37: blkstream.v1.Control.Stream:output_type -> blkstream.v1.Job
-	26, // 38: blkstream.v1.Control.Version:output_type -> blkstream.v1.VersionResponse
-	22, // [22:39] is the sub-list for method output_type
-	5,  // [5:22] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	28, // 5: blkstream.v1.SnapshotRequest.disks:type_name -> blkstream.v1.SnapshotDisk
+	30, // 6: blkstream.v1.SnapshotResponse.taken:type_name -> blkstream.v1.SnapshotTaken
+	2,  // 7: blkstream.v1.Control.DiskList:input_type -> blkstream.v1.DiskListRequest
+	4,  // 8: blkstream.v1.Control.DiskShow:input_type -> blkstream.v1.DiskShowRequest
+	5,  // 9: blkstream.v1.Control.DiskAdd:input_type -> blkstream.v1.DiskAddRequest
+	6,  // 10: blkstream.v1.Control.DiskRemove:input_type -> blkstream.v1.DiskRemoveRequest
+	8,  // 11: blkstream.v1.Control.DiskResize:input_type -> blkstream.v1.DiskResizeRequest
+	10, // 12: blkstream.v1.Control.Copy:input_type -> blkstream.v1.CopyRequest
+	11, // 13: blkstream.v1.Control.Switch:input_type -> blkstream.v1.SwitchRequest
+	13, // 14: blkstream.v1.Control.JobList:input_type -> blkstream.v1.JobListRequest
+	15, // 15: blkstream.v1.Control.JobShow:input_type -> blkstream.v1.JobShowRequest
+	16, // 16: blkstream.v1.Control.JobWatch:input_type -> blkstream.v1.JobWatchRequest
+	18, // 17: blkstream.v1.Control.JobPause:input_type -> blkstream.v1.JobPauseRequest
+	19, // 18: blkstream.v1.Control.JobResume:input_type -> blkstream.v1.JobResumeRequest
+	20, // 19: blkstream.v1.Control.JobCancel:input_type -> blkstream.v1.JobCancelRequest
+	21, // 20: blkstream.v1.Control.JobSpeed:input_type -> blkstream.v1.JobSpeedRequest
+	22, // 21: blkstream.v1.Control.JobDismiss:input_type -> blkstream.v1.JobDismissRequest
+	24, // 22: blkstream.v1.Control.Stream:input_type -> blkstream.v1.StreamRequest
+	25, // 23: blkstream.v1.Control.Version:input_type -> blkstream.v1.VersionRequest
+	27, // 24: blkstream.v1.Control.Snapshot:input_type -> blkstream.v1.SnapshotRequest
+	31, // 25: blkstream.v1.Control.Commit:input_type -> blkstream.v1.CommitRequest
+	3,  // 26: blkstream.v1.Control.DiskList:output_type -> blkstream.v1.DiskListResponse
+	1,  // 27: blkstream.v1.Control.DiskShow:output_type -> blkstream.v1.Disk
+	1,  // 28: blkstream.v1.Control.DiskAdd:output_type -> blkstream.v1.Disk
+	7,  // 29: blkstream.v1.Control.DiskRemove:output_type -> blkstream.v1.DiskRemoveResponse
+	1,  // 30: blkstream.v1.Control.DiskResize:output_type -> blkstream.v1.Disk
+	9,  // 31: blkstream.v1.Control.Copy:output_type -> blkstream.v1.Job
+	12, // 32: blkstream.v1.Control.Switch:output_type -> blkstream.v1.SwitchResponse
+	14, // 33: blkstream.v1.Control.JobList:output_type -> blkstream.v1.JobListResponse
+	9,  // 34: blkstream.v1.Control.JobShow:output_type -> blkstream.v1.Job
+	17, // 35: blkstream.v1.Control.JobWatch:output_type -> blkstream.v1.JobEvent
+	9,  // 36: blkstream.v1.Control.JobPause:output_type -> blkstream.v1.Job
+	9,  // 37: blkstream.v1.Control.JobResume:output_type -> blkstream.v1.Job
+	9,  // 38: blkstream.v1.Control.JobCancel:output_type -> blkstream.v1.Job
+	9,  // 39: blkstream.v1.Control.JobSpeed:output_type -> blkstream.v1.Job
+	23, // 40: blkstream.v1.Control.JobDismiss:output_type -> blkstream.v1.JobDismissResponse
+	9,  // 41: blkstream.v1.Control.Stream:output_type -> blkstream.v1.Job
+	26, // 42: blkstream.v1.Control.Version:output_type -> blkstream.v1.VersionResponse
+	29, // 43: blkstream.v1.Control.Snapshot:output_type -> blkstream.v1.SnapshotResponse
+	9,  // 44: blkstream.v1.Control.Commit:output_type -> blkstream.v1.Job
+	26, // [26:45] is the sub-list for method output_type
+	7,  // [7:26] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_control_proto_init() }
@@ -2134,7 +2477,7 @@ func file_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_proto_rawDesc), len(file_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -28,6 +28,8 @@ type ControlService interface {
 	JobDismiss(context.Context, *JobDismissRequest) (*JobDismissResponse, error)
 	Stream(context.Context, *StreamRequest) (*Job, error)
 	Version(context.Context, *VersionRequest) (*VersionResponse, error)
+	Snapshot(context.Context, *SnapshotRequest) (*SnapshotResponse, error)
+	Commit(context.Context, *CommitRequest) (*Job, error)
 }
 
 type Control_JobWatchServer interface {
@@ -158,6 +160,20 @@ func RegisterControlService(srv *ttrpc.Server, svc ControlService) {
 				}
 				return svc.Version(ctx, &req)
 			},
+			"Snapshot": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req SnapshotRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Snapshot(ctx, &req)
+			},
+			"Commit": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req CommitRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Commit(ctx, &req)
+			},
 		},
 		Streams: map[string]ttrpc.Stream{
 			"JobWatch": {
@@ -193,6 +209,8 @@ type ControlClient interface {
 	JobDismiss(context.Context, *JobDismissRequest) (*JobDismissResponse, error)
 	Stream(context.Context, *StreamRequest) (*Job, error)
 	Version(context.Context, *VersionRequest) (*VersionResponse, error)
+	Snapshot(context.Context, *SnapshotRequest) (*SnapshotResponse, error)
+	Commit(context.Context, *CommitRequest) (*Job, error)
 }
 
 type controlClient struct {
@@ -357,6 +375,22 @@ func (c *controlClient) Stream(ctx context.Context, req *StreamRequest) (*Job, e
 func (c *controlClient) Version(ctx context.Context, req *VersionRequest) (*VersionResponse, error) {
 	var resp VersionResponse
 	if err := c.client.Call(ctx, "blkstream.v1.Control", "Version", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *controlClient) Snapshot(ctx context.Context, req *SnapshotRequest) (*SnapshotResponse, error) {
+	var resp SnapshotResponse
+	if err := c.client.Call(ctx, "blkstream.v1.Control", "Snapshot", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *controlClient) Commit(ctx context.Context, req *CommitRequest) (*Job, error) {
+	var resp Job
+	if err := c.client.Call(ctx, "blkstream.v1.Control", "Commit", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -96,6 +96,9 @@ func Start(file *config.File, o Options) (d *Daemon, err error) {
 	if d.jobs, open, err = job.NewManager(d.store); err != nil {
 		return d, err
 	}
+	if err := d.finishSnapshots(); err != nil {
+		return d, err
+	}
 	for i := range file.Disks {
 		if err := d.startConfigured(file.Disks[i]); err != nil {
 			return d, err

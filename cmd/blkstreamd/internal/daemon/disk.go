@@ -35,6 +35,9 @@ type record struct {
 	// Moved are the images that the disk was on before, oldest first. A configuration that still names one of them
 	// is out of date.
 	Moved []string `json:"moved,omitempty"`
+	// Backing names the images behind Image in place of what the images say. It comes from the configuration, which said
+	// so of an image that is behind this one since a snapshot.
+	Backing []config.Layer `json:"backing,omitempty"`
 	// Added is the whole specification of a disk that was added at run time.
 	Added *config.Disk `json:"added,omitempty"`
 }
@@ -164,34 +167,49 @@ func (k *disk) hold(on bool) error {
 // openImage opens an image with all that is behind it. g is the graph that it will be in, backing names images behind
 // it; unlocked: without the locks that keep writers out.
 func (d *Daemon) openImage(path, format string, spec *config.Disk, g *blk.Graph, backing []config.Layer, unlocked bool) (*image.Image, error) {
-	o := image.Options{
+	o := d.imageOptions(spec, g)
+	o.Unlocked, o.Backing = unlocked, layers(backing)
+	img, err := image.Open(blk.NewTask(), path, format, o)
+	if err != nil {
+		return nil, imageError(err)
+	}
+	d.warn(img)
+	return img, nil
+}
+
+// imageOptions is how the images of a disk are opened.
+func (d *Daemon) imageOptions(spec *config.Disk, g *blk.Graph) image.Options {
+	return image.Options{
 		ReadOnly: spec.ReadOnly,
 		Direct:   spec.Cache == "none",
 		NoSync:   spec.Cache == "unsafe",
-		Unlocked: unlocked,
 		Align:    int64(spec.BlockSize),
 		Check:    d.checkRoots,
 		Cache:    qcow2.NewCache(spec.MetadataCache),
 		Barrier:  g.Barrier,
 		Warn:     func(w string) { d.opts.Log.Warn(w) },
-		Backing:  layers(backing),
 	}
-	img, err := image.Open(blk.NewTask(), path, format, o)
+}
+
+// imageError makes an error of the images one of the control socket's.
+func imageError(err error) error {
 	switch {
 	case errors.Is(err, file.ErrInUse), errors.Is(err, qcow2.ErrCorrupt):
-		return nil, control.Errorf(control.ErrPrecondition, "%w", err)
+		return control.Errorf(control.ErrPrecondition, "%w", err)
 	case errors.Is(err, image.ErrFormat), errors.Is(err, qcow2.ErrFeature):
-		return nil, control.Errorf(control.ErrUnsupported, "%w", err)
+		return control.Errorf(control.ErrUnsupported, "%w", err)
 	case errors.Is(err, image.ErrNoFormat), errors.Is(err, image.ErrName), errors.Is(err, image.ErrLoop),
-		errors.Is(err, image.ErrDepth), errors.Is(err, qcow2.ErrFormat):
-		return nil, control.Errorf(control.ErrInvalid, "%w", err)
-	case err != nil:
-		return nil, err
+		errors.Is(err, image.ErrDepth), errors.Is(err, image.ErrOverlay), errors.Is(err, qcow2.ErrFormat):
+		return control.Errorf(control.ErrInvalid, "%w", err)
+	default:
+		return err
 	}
+}
+
+func (d *Daemon) warn(img *image.Image) {
 	for _, w := range img.Warnings() {
-		d.opts.Log.Warn(w, "image", path)
+		d.opts.Log.Warn(w, "image", img.Chain[0].Path)
 	}
-	return img, nil
 }
 
 func layers(backing []config.Layer) (all []image.Layer) {
@@ -211,10 +229,7 @@ func (d *Daemon) checkRoots(path string) error {
 // startDisk opens the image and serves the socket.
 func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 	k := &disk{d: d, spec: spec, rec: r, graph: blk.NewGraph(nil), served: make(chan struct{}), notCopied: newCopyErrors()}
-	var backing []config.Layer
-	if r.Image == spec.Image {
-		backing = spec.Backing // of another image the configuration says nothing
-	}
+	backing := k.backing()
 	img, err := d.openImage(r.Image, r.Format, &spec, k.graph, backing, spec.Lock == lockRunning)
 	// A daemon that was killed keeps its locks until the kernel has finished its I/O.
 	for deadline := time.Now().Add(lockPatience); errors.Is(err, file.ErrInUse) && time.Now().Before(deadline); {
@@ -333,10 +348,26 @@ func (k *disk) image() *image.Image {
 	return k.img
 }
 
+// backing names images behind the one that the disk is on.
+func (k *disk) backing() []config.Layer {
+	r := k.record()
+	if r.Image == k.spec.Image {
+		return k.spec.Backing
+	}
+	return r.Backing // of another image the configuration says nothing
+}
+
 func (k *disk) record() record {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.rec
+}
+
+// move is the record of the disk on another image.
+func (r record) move(image, format string) record {
+	r.Moved = append(slices.DeleteFunc(slices.Clone(r.Moved), func(s string) bool { return s == image || s == r.Image }), r.Image)
+	r.Image, r.Format, r.Backing = image, format, nil
+	return r
 }
 
 // moveTo records durably that the disk is on another image. If the journal fails half-way the old record is
@@ -344,9 +375,7 @@ func (k *disk) record() record {
 func (k *disk) moveTo(image, format string) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	r := k.rec
-	r.Moved = append(slices.Clone(slices.DeleteFunc(slices.Clone(r.Moved), func(s string) bool { return s == image || s == r.Image })), r.Image)
-	r.Image, r.Format = image, format
+	r := k.rec.move(image, format)
 	if err := k.d.store.Save(recordKind, k.spec.ID, &r); err != nil {
 		return errors.Join(err, k.d.store.Save(recordKind, k.spec.ID, &k.rec))
 	}
@@ -358,7 +387,18 @@ func (k *disk) moveTo(image, format string) error {
 func (k *disk) warning() string {
 	var all []string
 	if r := k.record(); r.Added == nil && r.Image != k.spec.Image {
-		all = append(all, k.hint(r.Image, r.Format))
+		w := k.hint(r.Image, r.Format)
+		if len(r.Backing) > 0 {
+			var l []string
+			for _, b := range r.Backing {
+				l = append(l, fmt.Sprintf("{ image = %q, format = %q }", b.Image, b.Format))
+			}
+			w += fmt.Sprintf(" and backing = [%s]", strings.Join(l, ", "))
+		}
+		all = append(all, w)
+	}
+	if w := k.notCopied.warning(); w != "" {
+		all = append(all, w)
 	}
 	if n, ok := k.image().Root.(*qcow2.Node); ok {
 		all = append(all, n.Warnings()...)

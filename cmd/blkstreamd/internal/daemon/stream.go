@@ -51,7 +51,7 @@ func (d *Daemon) streamRecord(req *control.StreamRequest) (*disk, job.Record, er
 		return fail(control.ErrPrecondition, "disk %q is read-only: nothing can be copied into its image", req.Disk)
 	case len(img.Chain) < 2:
 		return fail(control.ErrPrecondition, "%s has no backing image: there is nothing to stream from", now.Image)
-	case now.Image == k.spec.Image && len(k.spec.Backing) > 0:
+	case len(k.backing()) > 0:
 		// What stays behind the image would not fit the list any more, and the next daemon could not open it.
 		return fail(control.ErrPrecondition, "the configuration of disk %q names the images behind %s: let that name them itself, "+
 			"with `blkstream image rebase -f qcow2 -u`, and take them out of the configuration", req.Disk, now.Image)

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package image
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/chain"
+	"github.com/blkstream/blkstream/blk/file"
+	"github.com/blkstream/blkstream/blk/qcow2"
+)
+
+// An overlay is put over an image that a guest uses in three steps: OpenOverlay, while the guest goes on; Join, with
+// nothing in flight; and, when the guest is on the new image, Retire. Up to Retire, Close undoes everything.
+
+// ErrOverlay: an image cannot be put over another one, because of what it is or holds.
+var ErrOverlay = errors.New("not an empty overlay of the image")
+
+// Overlay is an image that is about to be put over another one.
+type Overlay struct {
+	old   *Image
+	top   *Image // of one image
+	base  *again // the first image of old; nil before Join
+	image *Image // likewise
+	o     Options
+}
+
+// OpenOverlay opens the empty qcow2 image at path, whose backing image must be the first one of old.
+func OpenOverlay(t *blk.Task, path string, old *Image, o Options) (_ *Overlay, err error) {
+	o.ReadOnly, o.Backing, o.Cache = false, nil, old.cache
+	v := &Overlay{old: old, top: &Image{cache: old.cache}, o: o}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, v.Close())
+		}
+	}()
+	if len(old.Chain) > chain.MaxDepth {
+		return nil, fmt.Errorf("image %q: more than %d images behind it: %w", path, chain.MaxDepth, ErrDepth)
+	}
+	if err := v.top.openFiles(t, Layer{path, Qcow2}, o, false); err != nil {
+		return nil, err
+	}
+	if err := v.fits(v.top.Chain[0]); err != nil {
+		return nil, err
+	}
+	if err := v.top.openNode(t, 0, o, nil); err != nil {
+		return nil, err
+	}
+	m := v.top.Chain[0]
+	size := old.Root.Info().Size
+	if m.Size != size {
+		return nil, fmt.Errorf("image %q has %d bytes, %q has %d: %w", path, m.Size, old.Chain[0].Path, size, ErrOverlay)
+	}
+	// What the guest reads must not change.
+	for off := int64(0); off < size; {
+		x, err := m.Node.Map(t, off, size-off)
+		if err != nil {
+			return nil, err
+		}
+		if x.State != blk.Unallocated {
+			return nil, fmt.Errorf("image %q holds data at offset %d: %w", path, off, ErrOverlay)
+		}
+		off += x.Len
+	}
+	return v, nil
+}
+
+// fits compares what the overlay's header says with the image.
+func (v *Overlay) fits(m *Member) error {
+	base := v.old.Chain[0]
+	if m.Header.BackingFile == "" {
+		return fmt.Errorf("image %q has no backing file, %q is wanted: %w", m.Path, base.Path, ErrOverlay)
+	}
+	path, err := Resolve(m.Path, m.Header.BackingFile)
+	if err != nil {
+		return fmt.Errorf("image %q: backing file %w", m.Path, err)
+	}
+	seen := &identities{}
+	if err := seen.add(base.Path); err != nil {
+		return err
+	}
+	switch err := seen.add(path); {
+	case err == nil:
+		return fmt.Errorf("image %q has the backing file %q, %q is wanted: %w", m.Path, path, base.Path, ErrOverlay)
+	case !errors.Is(err, ErrLoop):
+		return err
+	case m.Header.BackingFormat != base.Format:
+		return fmt.Errorf("image %q names its backing file's format %q, it is %q: %w", m.Path, m.Header.BackingFormat, base.Format, ErrOverlay)
+	}
+	m.Backing = path
+	return nil
+}
+
+// Join makes the image that the guest is to go on with. Nothing may be in flight to the old one, which stays as good as
+// it was: it is flushed, and its first image is open a second time, for reading.
+func (v *Overlay) Join(t *blk.Task) (*Image, error) {
+	// From now on the guest's flushes do not come here.
+	if err := flush(t, v.old.Root); err != nil {
+		return nil, err
+	}
+	o := v.o
+	o.ReadOnly = true
+	first := v.old.Chain[0]
+	base, err := reopen(t, first.Layer, o, nil)
+	if err != nil {
+		return nil, err
+	}
+	v.base = base
+	base.Backing = first.Backing
+	g := &Image{
+		Chain: slices.Concat(v.top.Chain, []*Member{base.Member}, v.old.Chain[1:]),
+		cache: v.old.cache, warnings: v.top.warnings,
+	}
+	if err := g.joinLower(v.old.Lower); err != nil {
+		return nil, err
+	}
+	top, ok := g.Chain[0].Node.(*qcow2.Node)
+	if !ok {
+		return nil, fmt.Errorf("image %q: %w", g.Chain[0].Path, ErrOverlay) // not reachable: it was opened as one
+	}
+	top.Over(g.Lower)
+	g.Root, v.image = top, g
+	return g, nil
+}
+
+// joinLower puts the images behind the first one together. from, if not nil, may be the lower part of them.
+func (g *Image) joinLower(from *chain.Node) (err error) {
+	g.Lower = nil
+	if len(g.Chain) == 1 {
+		return nil
+	}
+	var lower []blk.Node
+	for _, m := range g.Chain[1:] {
+		lower = append(lower, m.Node)
+	}
+	g.Lower, err = chain.New(lower, chain.Options{Unit: unit(g.Chain), From: from})
+	if err != nil {
+		return fmt.Errorf("image %q: %w", g.Chain[0].Path, err)
+	}
+	return nil
+}
+
+// Retire closes what the guest was on, but for the images that the new one has taken over. Those are locked against
+// writers by then without a gap.
+func (v *Overlay) Retire() error {
+	v.old.Chain = v.old.Chain[:1]
+	err := v.old.Close()
+	return errors.Join(err, v.base.lock())
+}
+
+// Close undoes everything. The old image is as it was.
+func (v *Overlay) Close() error {
+	err := v.top.Close()
+	if v.base != nil {
+		err = errors.Join(err, v.base.Node.Close())
+	}
+	return err
+}
+
+// BackingName is how an overlay names the first image of g as its backing file, whatever folder it is in.
+func (g *Image) BackingName() (string, error) {
+	path, err := filepath.Abs(g.Chain[0].Path)
+	if err != nil {
+		return "", fmt.Errorf("image %q: %w", g.Chain[0].Path, err)
+	}
+	return path, nil
+}
+
+// again is one image that is open a second time. Its locks are taken and those of others not looked for: the first
+// opening has conflicting ones.
+type again struct {
+	*Member
+	files []*file.Node // which belong to Node
+}
+
+// reopen opens one image alone.
+func reopen(t *blk.Task, l Layer, o Options, backing blk.Node) (*again, error) {
+	o.claim = true
+	g := &Image{cache: o.Cache}
+	if err := g.openFiles(t, l, o, false); err != nil {
+		return nil, errors.Join(err, g.Close())
+	}
+	m := g.Chain[0]
+	a := &again{Member: m, files: []*file.Node{m.storage}}
+	if m.data != nil {
+		a.files = append(a.files, m.data)
+	}
+	if err := g.openNode(t, 0, o, backing); err != nil {
+		return nil, errors.Join(err, g.Close())
+	}
+	return a, nil
+}
+
+// lock looks for locks of others, when the first opening is closed or has given up its own.
+func (a *again) lock() error {
+	var errs []error
+	for _, f := range a.files {
+		errs = append(errs, f.Lock())
+	}
+	return errors.Join(errs...)
+}
