@@ -60,7 +60,7 @@ func TestCreate(t *testing.T) {
 	}
 	for _, size := range []int64{0, 512, 3<<20 + 512} {
 		for i, o := range allOptions(size) {
-			if size < 1<<20 && i%7 > 0 || o.ClusterSize == 2<<20 && i%5 > 0 { // large ones take long
+			if size < 1<<20 && i%7 > 0 || o.ClusterSize >= 64<<10 && i%5 > 0 { // large ones take long
 				continue
 			}
 			storage := blktest.NewMemory(12345 * 512)

@@ -144,7 +144,7 @@ func (n *Node) tryBacking(off, l int64) (blk.Extent, bool) {
 	}
 	size := b.Info().Size
 	if off >= size {
-		return blk.Extent{Len: l, State: blk.Zero}, true
+		return blk.Extent{Len: l, State: blk.Zero, Depth: 1}, true
 	}
 	e, ok := b.TryMap(blk.OpRead, off, min(l, size-off))
 	return below(e), ok

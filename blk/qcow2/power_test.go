@@ -283,12 +283,15 @@ func TestPowerCuts(t *testing.T) {
 			if err := n.Close(); err != nil {
 				t.Fatal(err)
 			}
-			step := 1
+			step, samples := 1, 3
 			if testing.Short() {
 				step = 7
 			}
+			if len(disk.Bytes()) > 1<<20 {
+				samples = 1
+			}
 			for at := first; at <= disk.Points(); at += step {
-				for range 3 { // what is left of a moment differs
+				for range samples { // what is left of a moment differs
 					s.cut(t, rng, h, disk.CrashAt(at, rng), base, at, start)
 				}
 			}

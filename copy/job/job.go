@@ -174,9 +174,11 @@ func (j *Job) pauseLocked(reason string) {
 	j.updateLocked(func(r *Record) {
 		r.State, r.Error = StatePaused, reason
 		r.Rate, r.ETASeconds = 0, -1
-		r.Message = fmt.Sprintf("go on with: blkstream job resume %s", r.ID)
+		r.Message = resumeHint(r.ID)
 	})
 }
+
+func resumeHint(id string) string { return "go on with: blkstream job resume " + id }
 
 // Resume goes on after a pause, by the user or by an error.
 func (j *Job) Resume() error {

@@ -75,12 +75,15 @@ type Options struct {
 	ReadOnly     bool
 	Discard      bool
 	WriteThrough bool          // no write cache: each write is durable when it is acknowledged
+	CacheOff     bool          // the driver has switched the write cache off, with an earlier device
 	PollMax      time.Duration // longest busy wait of a queue; 0: none
 	NoURing      bool
 	// Use, if not nil, is told before the first queue of a driver starts (true; an error keeps it from starting) and
 	// after the last one has ended (false).
 	Use func(bool) error
-	Log *slog.Logger
+	// Cache, if not nil, keeps for CacheOff of the next device whether the driver wants a write cache.
+	Cache func(on bool) error
+	Log   *slog.Logger
 }
 
 // Device is one virtio-blk device. It implements vhostuser.Device.
@@ -107,7 +110,7 @@ func New(g *blk.Graph, size int64, o Options) *Device {
 		d.opts.Log = slog.Default()
 	}
 	d.size.Store(size)
-	d.Reset()
+	d.writeback.Store(!o.WriteThrough && !o.ReadOnly && !o.CacheOff)
 	return d
 }
 
@@ -173,7 +176,13 @@ func (d *Device) SetConfig(off uint32, b []byte) error {
 	if off != cfgWriteback || len(b) != 1 || b[0] > 1 || d.opts.WriteThrough || d.opts.ReadOnly {
 		return errConfig
 	}
-	d.writeback.Store(b[0] == 1)
+	on := b[0] == 1
+	if d.opts.Cache != nil {
+		if err := d.opts.Cache(on); err != nil {
+			return fmt.Errorf("keep the write cache's state: %w", err)
+		}
+	}
+	d.writeback.Store(on)
 	return nil
 }
 
@@ -183,11 +192,9 @@ func (d *Device) writeThrough() bool {
 	return !d.writeback.Load() || !d.negotiated(featFlush)
 }
 
-// Reset implements vhostuser.Device.
-func (d *Device) Reset() {
-	d.acked.Store(0)
-	d.writeback.Store(!d.opts.WriteThrough && !d.opts.ReadOnly)
-}
+// Reset implements vhostuser.Device. The write cache stays as the driver chose: front-ends answer the next driver, who
+// asks for it, with what the last one wrote, and do not write it again.
+func (d *Device) Reset() { d.acked.Store(0) }
 
 // Start implements vhostuser.Device.
 func (d *Device) Start(r vhostuser.Ring) (vhostuser.Queue, error) {

@@ -73,6 +73,9 @@ func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error)
 	if r.Format != image.Raw && r.Format != image.Qcow2 {
 		return nil, job.Record{}, control.Errorf(control.ErrUnsupported, "format %q is not supported yet; raw and qcow2 are", r.Format)
 	}
+	if k.spec.Lock == lockRunning && r.Format != image.Raw {
+		return nil, r, control.Errorf(control.ErrPrecondition, "disk %q has lock = %q, which is for raw images", req.Disk, lockRunning)
+	}
 	if req.Existing && (req.ClusterSize != 0 || req.LazyRefcounts || req.Compression != "" || req.Preallocation != "") {
 		return fail("the properties of an existing target cannot be chosen")
 	}
@@ -257,6 +260,9 @@ func checkTarget(k *disk, source, target *image.Image, r job.Record, s *blockcop
 	if have, need := target.Root.Info().Size, source.Root.Info().Size; have < need {
 		return control.Errorf(control.ErrInvalid, "%s has %d bytes, disk %q has %d: make the target larger", r.Target, have, k.spec.ID, need)
 	}
+	if have := target.Root.Info().Size; have%int64(k.spec.BlockSize) != 0 {
+		return control.Errorf(control.ErrInvalid, "%s has %d bytes, which is not a multiple of the disk's block_size %d", r.Target, have, k.spec.BlockSize)
+	}
 	for _, m := range target.Chain {
 		if sameFile(m.Path, source.Chain[0].Path) {
 			return control.Errorf(control.ErrInvalid, "%s lies over %s, the image of disk %q, which would change under it", r.Target, m.Path, k.spec.ID)
@@ -341,13 +347,9 @@ func (d *Daemon) resumeJob(r job.Record) error {
 	if err := config.CheckRoots(r.Target, d.file.Daemon.ImageRoots); err != nil {
 		return err
 	}
-	paused := r.State == job.StatePaused
 	r.Source, r.TargetConsistent, r.Stage, r.Error = k.record().Image, false, "", ""
 	r.Message = "started again from the beginning after a restart of the daemon"
 	r.BytesDone, r.BytesTotal, r.VerifiedBytes = 0, 0, 0
-	j, err := d.startCopy(k, r, false, false)
-	if err == nil && paused {
-		err = j.Pause()
-	}
+	_, err = d.startCopy(k, r, false, false)
 	return err
 }

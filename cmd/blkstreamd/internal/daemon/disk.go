@@ -38,6 +38,9 @@ type record struct {
 	// Backing names the images behind Image in place of what the images say. It comes from the configuration, which said
 	// so of an image that is behind this one since a snapshot.
 	Backing []config.Layer `json:"backing,omitempty"`
+	// CacheOff: the guest has switched the write cache off. It does not flush then, and its front-end does not tell a
+	// daemon that comes back.
+	CacheOff bool `json:"cache_off,omitempty"`
 	// Added is the whole specification of a disk that was added at run time.
 	Added *config.Disk `json:"added,omitempty"`
 }
@@ -88,7 +91,7 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 		return fmt.Errorf("%s:%d: disk %q was moved to %s, which is %s, but the configuration says %s: write format = %q",
 			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, r.Format, spec.Format, r.Format)
 	default:
-		r = record{Image: spec.Image, Format: spec.Format}
+		r = record{Image: spec.Image, Format: spec.Format, CacheOff: r.CacheOff}
 		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
 			return err
 		}
@@ -230,11 +233,12 @@ func (d *Daemon) checkRoots(path string) error {
 func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 	k := &disk{d: d, spec: spec, rec: r, graph: blk.NewGraph(nil), served: make(chan struct{}), notCopied: newCopyErrors()}
 	backing := k.backing()
-	img, err := d.openImage(r.Image, r.Format, &spec, k.graph, backing, spec.Lock == lockRunning)
+	unlocked := spec.Lock == lockRunning && r.Format == image.Raw // hold locks no other
+	img, err := d.openImage(r.Image, r.Format, &spec, k.graph, backing, unlocked)
 	// A daemon that was killed keeps its locks until the kernel has finished its I/O.
 	for deadline := time.Now().Add(lockPatience); errors.Is(err, file.ErrInUse) && time.Now().Before(deadline); {
 		time.Sleep(20 * time.Millisecond)
-		img, err = d.openImage(r.Image, r.Format, &spec, k.graph, backing, spec.Lock == lockRunning)
+		img, err = d.openImage(r.Image, r.Format, &spec, k.graph, backing, unlocked)
 	}
 	if err != nil {
 		return nil, err
@@ -250,8 +254,8 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 	}
 	k.dev = vblk.New(k.graph, size, vblk.Options{
 		ID: spec.ID, Serial: spec.Serial, Queues: spec.Queues, Depth: spec.QueueSize, BlockSize: spec.BlockSize,
-		ReadOnly: spec.ReadOnly, Discard: spec.Discard, WriteThrough: spec.Cache == "writethrough",
-		Use: k.hold, PollMax: time.Duration(spec.PollUS) * time.Microsecond, NoURing: os.Getenv("BLKSTREAM_NO_URING") != "", Log: d.opts.Log,
+		ReadOnly: spec.ReadOnly, Discard: spec.Discard, WriteThrough: spec.Cache == "writethrough", CacheOff: r.CacheOff,
+		Use: k.hold, Cache: k.keepCache, PollMax: time.Duration(spec.PollUS) * time.Microsecond, NoURing: os.Getenv("BLKSTREAM_NO_URING") != "", Log: d.opts.Log,
 	})
 	k.server = vhostuser.NewServer(k.dev, vhostuser.Options{Logger: d.opts.Log.With("disk", spec.ID)})
 	if err := k.serve(); err != nil {
@@ -378,6 +382,22 @@ func (k *disk) moveTo(image, format string) error {
 	r := k.rec.move(image, format)
 	if err := k.d.store.Save(recordKind, k.spec.ID, &r); err != nil {
 		return errors.Join(err, k.d.store.Save(recordKind, k.spec.ID, &k.rec))
+	}
+	k.rec = r
+	return nil
+}
+
+// keepCache records whether the guest wants a write cache.
+func (k *disk) keepCache(on bool) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.d.store == nil || k.rec.CacheOff == !on {
+		return nil
+	}
+	r := k.rec
+	r.CacheOff = !on
+	if err := k.d.store.Save(recordKind, k.spec.ID, &r); err != nil {
+		return err
 	}
 	k.rec = r
 	return nil

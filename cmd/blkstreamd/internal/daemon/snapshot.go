@@ -193,6 +193,7 @@ func (d *Daemon) takeSnapshot(ctx context.Context, covers []*cover, existing boo
 		for i, c := range covers {
 			txs[i].SetRoot(c.k.over(c.now))
 			c.k.mu.Lock()
+			c.to.CacheOff = c.k.rec.CacheOff
 			c.k.rec, c.k.img = c.to, c.now
 			c.k.mu.Unlock()
 		}
@@ -287,6 +288,7 @@ func (d *Daemon) finishSnapshots() error {
 			}
 			// Else the disk's own record is newer: this was done before, or the disk has moved on or is gone.
 			if found && r.Image == m.From.Image && slices.Equal(r.Moved, m.From.Moved) {
+				m.To.CacheOff = r.CacheOff // the guest may have said so meanwhile
 				if err := d.store.Save(recordKind, m.Disk, &m.To); err != nil {
 					return fmt.Errorf("snapshot of disk %q: %w", m.Disk, err)
 				}

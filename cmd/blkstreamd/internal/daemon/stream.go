@@ -91,11 +91,11 @@ func (d *Daemon) stream(req *control.StreamRequest) (*job.Job, error) {
 	if err != nil {
 		return nil, err
 	}
-	return d.startStream(k, r, false)
+	return d.startStream(k, r)
 }
 
-// startStream starts the job on a chain with something to leave, paused if that is asked for.
-func (d *Daemon) startStream(k *disk, r job.Record, paused bool) (*job.Job, error) {
+// startStream starts the job on a chain with something to leave.
+func (d *Daemon) startStream(k *disk, r job.Record) (*job.Job, error) {
 	if r.Kind == kindStream {
 		r.Source = k.image().Chain[1].Path
 	}
@@ -103,14 +103,7 @@ func (d *Daemon) startStream(k *disk, r job.Record, paused bool) (*job.Job, erro
 	if err != nil {
 		return nil, err
 	}
-	j, err := d.jobs.Start(r, func(ctx context.Context, j *job.Job) error {
-		if paused {
-			if err := j.Pause(); err != nil {
-				return err
-			}
-		}
-		return d.runStream(ctx, k, j, s)
-	})
+	j, err := d.jobs.Start(r, func(ctx context.Context, j *job.Job) error { return d.runStream(ctx, k, j, s) })
 	if err != nil {
 		return nil, err
 	}
@@ -256,10 +249,9 @@ func (d *Daemon) resumeStream(k *disk, r job.Record) error {
 	if k.spec.ReadOnly {
 		return errors.New("the disk is read-only now")
 	}
-	paused := r.State == job.StatePaused
 	r.Stage, r.Error, r.BytesDone, r.BytesTotal = "", "", 0, 0
 	r.Message = "started again after a restart of the daemon; what was copied is skipped"
-	_, err := d.startStream(k, r, paused)
+	_, err := d.startStream(k, r)
 	return err
 }
 

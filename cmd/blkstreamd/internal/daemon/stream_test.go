@@ -34,8 +34,8 @@ func (b *bed) over(name, backing, format string) {
 	}}))
 }
 
-// tableOf is a [[disk]] table with further keys.
-func (b *bed) tableOf(id, image string, keys ...string) string {
+// layeredDisk is a [[disk]] table with further keys.
+func (b *bed) layeredDisk(id, image string, keys ...string) string {
 	return strings.Replace(b.disk(id, b.path(image)), `"raw"`, `"qcow2"`, 1) + strings.Join(keys, "\n") + "\n"
 }
 
@@ -73,7 +73,7 @@ func (b *bed) graph(c *control.Client) string {
 func TestCopyOnRead(t *testing.T) {
 	b := newBed(t)
 	b.layered(7)
-	f := b.load("", b.tableOf("a", "top.qcow2", "copy_on_read = true"))
+	f := b.load("", b.layeredDisk("a", "top.qcow2", "copy_on_read = true"))
 	d, _ := b.start(f)
 	b.holds("a", 7)
 	b.must(d.Stop())
@@ -121,7 +121,7 @@ func TestStream(t *testing.T) {
 		for _, cor := range []bool{false, true} {
 			b := newBed(t)
 			b.layered(7)
-			f := b.load("", b.tableOf("a", "top.qcow2", fmt.Sprintf("copy_on_read = %v", cor)))
+			f := b.load("", b.layeredDisk("a", "top.qcow2", fmt.Sprintf("copy_on_read = %v", cor)))
 			d, c := b.start(f)
 			b.holds("a", 7)
 			req := &control.StreamRequest{Disk: "a"}
@@ -164,7 +164,7 @@ func TestStream(t *testing.T) {
 func TestStreamResumed(t *testing.T) {
 	b := newBed(t)
 	b.layered(7)
-	f := b.load("", b.tableOf("a", "top.qcow2"))
+	f := b.load("", b.layeredDisk("a", "top.qcow2"))
 	d, c := b.start(f)
 	_, err := c.Stream(b.Context(), &control.StreamRequest{Disk: "a", Id: "s", Speed: 1 << 20})
 	b.must(err)
@@ -198,7 +198,7 @@ func TestStreamResumedPausedOrNot(t *testing.T) {
 	b := newBed(t)
 	b.layered(7)
 	b.put(b.path("middle.qcow2"), image.Qcow2, 7) // something to do
-	f := b.load("", b.tableOf("a", "top.qcow2"))
+	f := b.load("", b.layeredDisk("a", "top.qcow2"))
 	d, c := b.start(f)
 	_, err := c.Stream(b.Context(), &control.StreamRequest{Disk: "a", Id: "s", Speed: 1, Base: b.path("base.raw")})
 	b.must(err)
@@ -224,9 +224,9 @@ func TestStreamRefused(t *testing.T) {
 	b.over("named.qcow2", "base.raw", image.Raw)
 	b.image("plain")
 	b.must(image.Create(b.Context(), b.path("alone.qcow2"), image.CreateOptions{Format: image.Qcow2, CreateOptions: qcow2.CreateOptions{Size: diskSize}}))
-	f := b.load("", b.tableOf("a", "top.qcow2"), b.disk("plain", b.path("plain")), b.tableOf("alone", "alone.qcow2"),
-		b.tableOf("ro", "other.qcow2", "read_only = true"),
-		b.tableOf("named", "named.qcow2", "[[disk.backing]]", `format = "raw"`))
+	f := b.load("", b.layeredDisk("a", "top.qcow2"), b.disk("plain", b.path("plain")), b.layeredDisk("alone", "alone.qcow2"),
+		b.layeredDisk("ro", "other.qcow2", "read_only = true"),
+		b.layeredDisk("named", "named.qcow2", "[[disk.backing]]", `format = "raw"`))
 	d, c := b.start(f)
 	for _, r := range []struct {
 		req  *control.StreamRequest
@@ -276,7 +276,7 @@ func TestCopyByStream(t *testing.T) {
 			}
 			b := newBed(t)
 			b.layered(7)
-			table := b.tableOf("a", source)
+			table := b.layeredDisk("a", source)
 			if source == "base.raw" {
 				table = b.disk("a", b.path(source))
 			}
@@ -325,7 +325,7 @@ func TestCopyByStream(t *testing.T) {
 func TestCopyByStreamRefused(t *testing.T) {
 	b := newBed(t)
 	b.layered(7)
-	f := b.load("", b.tableOf("a", "top.qcow2"))
+	f := b.load("", b.layeredDisk("a", "top.qcow2"))
 	d, c := b.start(f)
 	target := b.path("target.qcow2")
 	for _, r := range []struct {
