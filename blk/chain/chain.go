@@ -326,15 +326,16 @@ func (b *batch) wait(t *blk.Task) error {
 	return err
 }
 
-func (n *Node) read(t *blk.Task, r *blk.Request) error {
+func (n *Node) read(t *blk.Task, r *blk.Request) (err error) {
 	b := batches.Get().(*batch) //nolint:errcheck // the pool makes nothing else
-	defer batches.Put(b)
-	err := n.readInto(t, b, r)
-	// Whatever went wrong: the kernel must be done with the memory.
-	if werr := b.wait(t); err == nil {
-		err = werr
-	}
-	return err
+	// Whatever went wrong, a fault in guest memory too: the kernel must be done with the batch and the memory.
+	defer func() {
+		if werr := b.wait(t); err == nil {
+			err = werr
+		}
+		batches.Put(b)
+	}()
+	return n.readInto(t, b, r)
 }
 
 func (n *Node) readInto(t *blk.Task, b *batch, r *blk.Request) error {

@@ -9,7 +9,7 @@ import "testing"
 func TestCacheStaysOff(t *testing.T) {
 	b := newBed(t)
 	f := b.load("", b.disk("disk0", b.image("a.img")))
-	d, c := b.start(f)
+	d, _ := b.start(f)
 	cache := func(want bool) {
 		t.Helper()
 		g := b.guest("disk0")
@@ -33,7 +33,7 @@ func TestCacheStaysOff(t *testing.T) {
 	k.dev.Reset()
 	cache(false)
 	b.stop(d)
-	d, c = b.start(f)
+	d, c := b.start(f)
 	cache(false)
 	b.move(c, "disk0", b.path("b.img"))
 	b.stop(d)
