@@ -53,7 +53,7 @@ func (g *Image) Drop(t *blk.Task, base int) (*Image, []*Member, error) {
 		first.Backing = kept[1].Path
 	}
 	kept[0] = &first
-	return &Image{Root: g.Root, Lower: lower, Chain: kept, warnings: g.warnings}, g.Chain[1:base], nil
+	return &Image{Root: g.Root, Lower: lower, Chain: kept, cache: g.cache, warnings: g.warnings}, g.Chain[1:base], nil
 }
 
 // nameOf is what the first image's header is to call image i: what the image in front of that says, if it is in the same

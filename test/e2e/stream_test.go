@@ -147,3 +147,45 @@ func TestCopyOnRead(t *testing.T) {
 	verifyQcow2(t, top, table)
 	verifyImage(t, base, filled)
 }
+
+// A copy by stream: the guest is on the target from the beginning, the daemon dies meanwhile, and in the end the source
+// is not needed and was not written to.
+func TestCopyByStream(t *testing.T) {
+	source, filled := filledImage(t, 192*mib)
+	target := filepath.Join(t.TempDir(), "target.qcow2")
+	disk := daemon.Disk{ID: "disk0", Image: source, Queues: 2}
+	d := start(t, disk)
+	g := boot(t, d, guest.Options{}, disk)
+	must(t, g.StartWriter(0, mixed, filled))
+	progress(t, g, 0, 100)
+	cli(t, d, 0, "copy", "disk0", target, "--method", "stream", "--id", "j", "--speed", "16M")
+	if info, err := d.Disk("disk0"); err != nil || info.Image != target || info.Format != "qcow2" || !strings.Contains(info.Warning, target) {
+		t.Errorf("after the copy has begun: %+v, %v", info, err)
+	}
+	left := filepath.Join(t.TempDir(), "left.raw")
+	if out, err := exec.Command("cp", source, left).CombinedOutput(); err != nil {
+		t.Fatalf("cp: %v: %s", err, out)
+	}
+	progress(t, g, 0, 100)
+	must(t, d.Kill())
+	must(t, d.Start())
+	if job, err := d.Job("j"); err != nil || job.State != "running" {
+		t.Fatalf("after a crash: %+v, %v", job, err)
+	}
+	cli(t, d, 0, "job", "speed", "j", "0")
+	if out := cli(t, d, 0, "job", "watch", "j"); !strings.Contains(out, "change line") {
+		t.Errorf("job watch does not say what to change: %s", out)
+	}
+	sameImages(t, source, left)
+	must(t, os.Remove(source))
+	progress(t, g, 0, 200)
+	table := stopAndVerify(t, g, 0)
+	g.Quit()
+	must(t, d.Stop())
+	if name, _ := backingOf(t, target); name != "" {
+		t.Errorf("behind the target is still %s", name)
+	}
+	tool(t, "image", "check", "-f", "qcow2", "--repair", "leaks", target)
+	checkQcow2(t, target, false)
+	verifyQcow2(t, target, table)
+}

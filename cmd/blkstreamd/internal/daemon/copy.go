@@ -20,7 +20,12 @@ import (
 	"github.com/blkstream/blkstream/copy/job"
 )
 
-const kindCopy = "copy"
+const (
+	kindCopy = "copy"
+
+	methodMirror = "mirror"
+	methodStream = "stream"
+)
 
 // copyRecord checks what the user asks for and fills in the defaults.
 func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error) {
@@ -42,8 +47,12 @@ func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error)
 			*s = v
 		}
 	}
+	def(&r.Method, methodMirror)
+	if r.Method == methodStream {
+		def(&r.Format, image.Qcow2)
+		r.SwitchMode = "auto" // at once, and nothing is left for a command
+	}
 	def(&r.Format, now.Format)
-	def(&r.Method, "mirror")
 	def(&r.SwitchMode, "manual")
 	def(&r.OnSourceError, job.OnErrorReport)
 	def(&r.OnTargetError, job.OnErrorEnospc)
@@ -53,8 +62,13 @@ func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error)
 	if req.Id != "" && !job.ValidID(req.Id) {
 		return fail("job id %q: use letters, digits, \"_\", \".\" and \"-\", at most 64", req.Id)
 	}
-	if r.Method != "mirror" {
-		return nil, job.Record{}, control.Errorf(control.ErrUnsupported, "only --method mirror is supported yet")
+	if r.Method != methodMirror && r.Method != methodStream {
+		return fail("method %q: it is mirror or stream", r.Method)
+	}
+	if r.Method == methodStream {
+		if err := checkMethodStream(k, req, r); err != nil {
+			return nil, r, err
+		}
 	}
 	if r.Format != image.Raw && r.Format != image.Qcow2 {
 		return nil, job.Record{}, control.Errorf(control.ErrUnsupported, "format %q is not supported yet; raw and qcow2 are", r.Format)
@@ -128,6 +142,9 @@ func (d *Daemon) copy(req *control.CopyRequest) (*job.Job, error) {
 	if j := d.jobs.OnDisk(k.spec.ID); j != nil {
 		return nil, control.Errorf(control.ErrPrecondition, "job %s works on disk %q already: wait for its end or cancel it",
 			j.Record().ID, k.spec.ID)
+	}
+	if r.Method == methodStream {
+		return d.copyByStream(k, r)
 	}
 	if !r.Existing {
 		if err := d.createTarget(k, req, r); err != nil {
@@ -305,8 +322,8 @@ func (d *Daemon) resumeJobs(open []job.Record) {
 		}
 		r.State, r.Error, r.TargetConsistent = job.StateFailed, fmt.Sprintf("the daemon was restarted, and the job cannot go on: %v", err), false
 		r.Message = fmt.Sprintf("%s is incomplete; the guest stays on %s", r.Target, r.Source)
-		if r.Kind == kindStream {
-			r.Message = stillNeeded
+		if streams(r) {
+			r.Message = d.notStreamed(r)
 		}
 		if r.Kind == kindCommit {
 			r.Message = "nothing is merged; the chain is as it was"
@@ -323,7 +340,7 @@ func (d *Daemon) resumeJob(r job.Record) error {
 	if err != nil {
 		return err
 	}
-	if r.Kind == kindStream {
+	if streams(r) {
 		return d.resumeStream(k, r)
 	}
 	if r.Kind == kindCommit {

@@ -59,9 +59,12 @@ func (k *disk) pauseCopyOnRead(ctx context.Context, run func() error) error {
 	return runErr
 }
 
+// corFailed is called on a queue's thread, which must not wait for a log.
 func (k *disk) corFailed(err error) {
 	if k.notCopied.add(err) {
-		k.d.opts.Log.Warn("copy on read: what the guest read was not copied", "disk", k.spec.ID, "err", err)
+		k.d.wg.Go(func() {
+			k.d.opts.Log.Warn("copy on read: what the guest read was not copied", "disk", k.spec.ID, "err", err)
+		})
 	}
 }
 

@@ -417,6 +417,9 @@ func (k *disk) warning() string {
 		}
 		all = append(all, w)
 	}
+	if w := k.notCopied.warning(); w != "" {
+		all = append(all, w)
+	}
 	if n, ok := k.image().Root.(*qcow2.Node); ok {
 		all = append(all, n.Warnings()...)
 	}

@@ -51,7 +51,7 @@ func (d *Daemon) streamRecord(req *control.StreamRequest) (*disk, job.Record, er
 		return fail(control.ErrPrecondition, "disk %q is read-only: nothing can be copied into its image", req.Disk)
 	case len(img.Chain) < 2:
 		return fail(control.ErrPrecondition, "%s has no backing image: there is nothing to stream from", now.Image)
-	case now.Image == k.spec.Image && len(k.spec.Backing) > 0:
+	case len(k.backing()) > 0:
 		// What stays behind the image would not fit the list any more, and the next daemon could not open it.
 		return fail(control.ErrPrecondition, "the configuration of disk %q names the images behind %s: let that name them itself, "+
 			"with `blkstream image rebase -f qcow2 -u`, and take them out of the configuration", req.Disk, now.Image)
@@ -96,14 +96,42 @@ func (d *Daemon) stream(req *control.StreamRequest) (*job.Job, error) {
 
 // startStream starts the job on a chain with something to leave.
 func (d *Daemon) startStream(k *disk, r job.Record) (*job.Job, error) {
+	if r.Kind == kindStream {
+		r.Source = k.image().Chain[1].Path
+	}
+	s, err := streamSetup(k, r.Base)
+	if err != nil {
+		return nil, err
+	}
+	j, err := d.jobs.Start(r, func(ctx context.Context, j *job.Job) error { return d.runStream(ctx, k, j, s) })
+	if err != nil {
+		return nil, err
+	}
+	d.opts.Log.Info("stream started", "job", j.Record().ID, "disk", k.spec.ID, "base", r.Base)
+	return j, nil
+}
+
+func (d *Daemon) runStream(ctx context.Context, k *disk, j *job.Job, s stream.Setup) error {
+	r := j.Record()
+	err := stream.Run(ctx, j, s)
+	if err != nil {
+		d.opts.Log.Warn("stream ended early", "job", r.ID, "disk", r.Disk, "reason", err)
+		return err
+	}
+	j.Update(func(r *job.Record) { r.Message = k.streamed(r) })
+	d.opts.Log.Info("stream completed", "job", r.ID, "disk", r.Disk)
+	return nil
+}
+
+// streamSetup is for the images that the disk is on now.
+func streamSetup(k *disk, baseName string) (stream.Setup, error) {
 	img := k.image()
 	base := len(img.Chain)
-	r.Source = img.Chain[1].Path
 	s := stream.Setup{Graph: k.graph, Cluster: img.Chain[0].Header.ClusterSize(), Failed: k.corFailed}
-	if r.Base != "" {
+	if baseName != "" {
 		var err error
-		if base, err = findBase(img, r.Base); err != nil {
-			return nil, err
+		if base, err = findBase(img, baseName); err != nil {
+			return s, err
 		}
 		s.Base, s.Keep = uint16(base), true
 	}
@@ -120,37 +148,90 @@ func (d *Daemon) startStream(k *disk, r job.Record) (*job.Job, error) {
 		return nil
 	}
 	s.Close = func() error { return image.CloseMembers(gone) }
+	return s, nil
+}
+
+// checkMethodStream refuses what a copy that switches at once cannot do.
+func checkMethodStream(k *disk, req *control.CopyRequest, r job.Record) error {
+	switch img := k.image(); {
+	case r.Format != image.Qcow2:
+		return control.Errorf(control.ErrInvalid, "method stream: the target is qcow2, which can have the disk's image behind it")
+	case req.Existing || req.ClusterSize != 0 || req.LazyRefcounts || req.Compression != "" || req.Preallocation != "":
+		return control.Errorf(control.ErrInvalid, "method stream: the target is made by the job, with clusters of 64K")
+	case req.Verify:
+		return control.Errorf(control.ErrInvalid, "method stream: there are never two copies to compare")
+	case k.spec.Lock == lockRunning:
+		return control.Errorf(control.ErrPrecondition, "disk %q has lock = %q, which goes with raw images only", req.Disk, lockRunning)
+	case len(k.backing()) > 0:
+		return control.Errorf(control.ErrPrecondition, "the configuration of disk %q names the images behind %s", req.Disk, img.Chain[0].Path)
+	case r.Base != "":
+		_, err := findBase(img, r.Base)
+		return err
+	}
+	return nil
+}
+
+// copyByStream puts the target over the disk's image and streams that into it. The job is recorded first: whatever
+// happens then, the next daemon finds the disk on the target, and goes on, or on the source.
+func (d *Daemon) copyByStream(k *disk, r job.Record) (*job.Job, error) {
+	switched := make(chan error, 1)
 	j, err := d.jobs.Start(r, func(ctx context.Context, j *job.Job) error {
-		err := stream.Run(ctx, j, s)
+		s, err := d.switchFirst(ctx, k, j)
+		switched <- err
 		if err != nil {
-			d.opts.Log.Warn("stream ended early", "job", j.Record().ID, "disk", r.Disk, "reason", err)
 			return err
 		}
-		j.Update(func(r *job.Record) { r.Message = streamed(r) })
-		d.opts.Log.Info("stream completed", "job", j.Record().ID, "disk", r.Disk)
-		return nil
+		return d.runStream(ctx, k, j, s)
 	})
 	if err != nil {
 		return nil, err
 	}
-	d.opts.Log.Info("stream started", "job", j.Record().ID, "disk", k.spec.ID, "base", r.Base)
+	if err := <-switched; err != nil {
+		<-j.Done()
+		return nil, errors.Join(err, d.jobs.Dismiss(j.Record().ID)) // as if it had not been started
+	}
 	return j, nil
 }
 
-// streamed says what has been reached.
-func streamed(r *job.Record) string {
-	if r.Base == "" {
-		return fmt.Sprintf("%s needs no other image any more", r.Target)
+func (d *Daemon) switchFirst(ctx context.Context, k *disk, j *job.Job) (stream.Setup, error) {
+	r := j.Record()
+	j.Update(func(r *job.Record) { r.Stage = job.StageSwitch })
+	if _, err := d.cover(ctx, []*cover{newCover(k, r.Target)}, false); err != nil {
+		return stream.Setup{}, err
 	}
-	return fmt.Sprintf("%s needs %s and no image in front of it any more", r.Target, r.Base)
+	d.opts.Log.Info("copy by stream: the guest is on the target", "job", r.ID, "disk", r.Disk, "target", r.Target)
+	return streamSetup(k, r.Base)
+}
+
+// streams reports whether the job makes the image that the disk is on independent.
+func streams(r job.Record) bool { return r.Kind == kindStream || r.Method == methodStream }
+
+// streamed says what has been reached, and what to do.
+func (k *disk) streamed(r *job.Record) string {
+	s := fmt.Sprintf("%s needs no other image any more", r.Target)
+	if r.Base != "" {
+		s = fmt.Sprintf("%s needs %s and no image in front of it any more", r.Target, r.Base)
+	}
+	if w := k.warning(); w != "" {
+		s += "; " + w
+	}
+	return s
+}
+
+// notStreamed says what a job of an earlier daemon leaves that cannot go on.
+func (d *Daemon) notStreamed(r job.Record) string {
+	if k, err := d.find(r.Disk); r.Method == methodStream && err == nil && k.record().Image != r.Target {
+		return fmt.Sprintf("the guest is not on %s; remove that to start again", r.Target)
+	}
+	return stillNeeded
 }
 
 // resumeStream goes on with a stream that an earlier daemon did not finish. The image itself says whether what is to be
 // left has been left, and holds what has been copied.
 func (d *Daemon) resumeStream(k *disk, r job.Record) error {
 	img := k.image()
-	if k.record().Image != r.Target {
-		return fmt.Errorf("disk %q is on %s now", r.Disk, k.record().Image)
+	if now := k.record().Image; now != r.Target {
+		return fmt.Errorf("disk %q is on %s", r.Disk, now) // a copy that had not switched yet, or switched by hand since
 	}
 	done := len(img.Chain) == 1
 	if r.Base != "" {
@@ -161,7 +242,7 @@ func (d *Daemon) resumeStream(k *disk, r job.Record) error {
 		done = base == 1
 	}
 	if done {
-		r.State, r.Error, r.Message = job.StateCompleted, "", streamed(&r)
+		r.State, r.Error, r.Message = job.StateCompleted, "", k.streamed(&r)
 		r.BytesDone = r.BytesTotal
 		return d.jobs.End(r)
 	}

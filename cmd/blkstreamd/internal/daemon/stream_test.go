@@ -197,9 +197,10 @@ func TestStreamResumed(t *testing.T) {
 func TestStreamResumedPausedOrNot(t *testing.T) {
 	b := newBed(t)
 	b.layered(7)
+	b.put(b.path("middle.qcow2"), image.Qcow2, 7) // something to do
 	f := b.load("", b.layeredDisk("a", "top.qcow2"))
 	d, c := b.start(f)
-	_, err := c.Stream(b.Context(), &control.StreamRequest{Disk: "a", Id: "s", Speed: 64 << 10, Base: b.path("base.raw")})
+	_, err := c.Stream(b.Context(), &control.StreamRequest{Disk: "a", Id: "s", Speed: 1, Base: b.path("base.raw")})
 	b.must(err)
 	_, err = c.JobPause(b.Context(), &control.JobPauseRequest{Id: "s"})
 	b.must(err)
@@ -247,7 +248,7 @@ func TestStreamRefused(t *testing.T) {
 		_, err := c.Stream(b.Context(), r.req)
 		b.wants(err, r.kind, r.want)
 	}
-	_, err := c.Stream(b.Context(), &control.StreamRequest{Disk: "a", Id: "s", Speed: 64 << 10})
+	_, err := c.Stream(b.Context(), &control.StreamRequest{Disk: "a", Id: "s", Speed: 1})
 	b.must(err)
 	_, err = c.Stream(b.Context(), &control.StreamRequest{Disk: "a"})
 	b.wants(err, control.ErrPrecondition, "job s works")
@@ -264,4 +265,111 @@ func TestStreamRefused(t *testing.T) {
 	img, err := image.Open(blk.NewTask(), b.path("top.qcow2"), image.Qcow2, image.Options{ReadOnly: true})
 	b.must(err)
 	b.must(img.Close())
+}
+
+// A copy by stream is on the target at once, and in the end the source is not needed.
+func TestCopyByStream(t *testing.T) {
+	for _, source := range []string{"base.raw", "top.qcow2"} {
+		for _, base := range []string{"", "base.raw"} {
+			if source == base {
+				continue
+			}
+			b := newBed(t)
+			b.layered(7)
+			table := b.layeredDisk("a", source)
+			if source == "base.raw" {
+				table = b.disk("a", b.path(source))
+			}
+			f := b.load("", table)
+			d, c := b.start(f)
+			req := &control.CopyRequest{Disk: "a", Target: b.path("target.qcow2"), Method: methodStream, Id: "s", Speed: 1 << 20}
+			if base != "" {
+				req.Base = b.path(base)
+			}
+			j, err := c.Copy(b.Context(), req)
+			b.must(err)
+			if j.Kind != kindCopy || j.Source != b.path(source) || j.Target != req.Target || j.Format != image.Qcow2 {
+				t.Errorf("the job is %v", j)
+			}
+			if r := b.record("a"); r.Image != req.Target {
+				t.Errorf("the disk is recorded to be on %s", r.Image)
+			}
+			b.write("a", 9)
+			// The daemon ends; the next one goes on.
+			b.stop(d)
+			d, c = b.start(f)
+			if base == "" { // with it there is next to nothing to do
+				_, err = c.JobSpeed(b.Context(), &control.JobSpeedRequest{Id: "s"})
+				b.must(err)
+			}
+			if j = b.wait(c, "s", job.StateCompleted); j.Error != "" || !strings.Contains(j.Message, `to image = "`+req.Target) {
+				t.Errorf("completed: %v", j)
+			}
+			if g := b.graph(c); strings.Contains(g, "middle") || strings.Contains(g, "top") || strings.Contains(g, "base") != (base != "") {
+				t.Errorf("%s, base %q: the graph is\n%s", source, base, g)
+			}
+			b.unused(source)
+			b.holds("a", 9)
+			b.stop(d)
+			if n := b.held("target.qcow2"); base == "" && n != diskSize || base != "" && n != 64<<10 {
+				t.Errorf("%s, base %q: the target holds %d bytes", source, base, n)
+			}
+			d, _ = b.start(f)
+			b.holds("a", 9)
+			b.stop(d)
+		}
+	}
+}
+
+// What cannot be is refused, and leaves no job and no target; a job that a crash found before the switch fails.
+func TestCopyByStreamRefused(t *testing.T) {
+	b := newBed(t)
+	b.layered(7)
+	f := b.load("", b.layeredDisk("a", "top.qcow2"))
+	d, c := b.start(f)
+	target := b.path("target.qcow2")
+	for _, r := range []struct {
+		req  *control.CopyRequest
+		kind error
+		want string
+	}{
+		{&control.CopyRequest{Format: image.Raw}, control.ErrInvalid, "qcow2"},
+		{&control.CopyRequest{Existing: true}, control.ErrInvalid, "made by the job"},
+		{&control.CopyRequest{Compression: "zstd"}, control.ErrInvalid, "made by the job"},
+		{&control.CopyRequest{Verify: true}, control.ErrInvalid, "compare"},
+		{&control.CopyRequest{Base: b.path("top.qcow2")}, control.ErrInvalid, "middle.qcow2"},
+		{&control.CopyRequest{Target: b.path("middle.qcow2")}, control.ErrExists, "exists"},
+		{&control.CopyRequest{Target: b.path("top.qcow2")}, control.ErrPrecondition, "image of disk"},
+	} {
+		r.req.Disk, r.req.Method = "a", methodStream
+		if r.req.Target == "" {
+			r.req.Target = target
+		}
+		_, err := c.Copy(b.Context(), r.req)
+		b.wants(err, r.kind, r.want)
+	}
+	if l, err := c.JobList(b.Context(), &control.JobListRequest{}); err != nil || len(l.Jobs) != 0 {
+		t.Errorf("jobs %v, %v", l.GetJobs(), err)
+	}
+	if exists(target) {
+		t.Error("the target was made")
+	}
+	_, err := c.Copy(b.Context(), &control.CopyRequest{Disk: "a", Target: target, Method: methodStream, Id: "s", Speed: 1})
+	b.must(err)
+	running, err := os.ReadFile(b.path("state/jobs/s.json"))
+	b.must(err)
+	_, err = c.JobCancel(b.Context(), &control.JobCancelRequest{Id: "s"})
+	b.must(err)
+	b.holds("a", 7)
+	b.stop(d)
+	// The disk is on the source: the crash came before the switch.
+	b.must(os.Remove(target))
+	b.must(os.Remove(b.path("state/disks/a.json")))
+	b.must(os.WriteFile(b.path("state/jobs/s.json"), running, 0o600))
+	d, c = b.start(f)
+	if j := b.wait(c, "s", job.StateFailed); !strings.Contains(j.Error, "is on "+b.path("top.qcow2")) || !strings.Contains(j.Message, target) {
+		t.Errorf("a job that had not switched: %v", j)
+	}
+	b.holds("a", 7)
+	b.stop(d)
 }
