@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"testing"
 
 	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/blktest"
 	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/qcow2"
 )
@@ -307,4 +309,37 @@ func TestMergeLocks(t *testing.T) {
 		b.step(m, func() (*Image, error) { return m.Remove(blk.NewTask()) })
 		b.done(0, 1, 2, 3)
 	}
+}
+
+// What was copied is durable before an image says that it lies over the base. If the flush fails, the chain is the old one.
+func TestMergeFlushes(t *testing.T) {
+	need(t, "qemu-img")
+	b := chainInUse(t, 4)
+	m, err := OpenMerge(blk.NewTask(), b.g, 2, 3, b.o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fault := blktest.NewFault(m.writer.Node)
+	m.writer.Node = fault
+	b.step(m, m.Insert)
+	view, err := m.View()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.copyHeld(view, m.Depth(), m.Base(), func() {})
+	trap := fault.Add(blktest.Rule{Ops: []blk.Op{blk.OpFlush}, Err: errors.New("no")})
+	if _, err := m.Drop(blk.NewTask()); err == nil {
+		t.Fatal("dropped without a flush")
+	}
+	trap.Remove()
+	if got := b.tool("qemu-img", "info", "-U", b.at("1")); !strings.Contains(got, "backing file: "+b.at("2")) {
+		t.Errorf("the image before the ones to merge has changed: %s", got)
+	}
+	b.checkContents(b.g, b.model)
+	before := fault.Count(blk.OpFlush)
+	b.step(m, func() (*Image, error) { return m.Drop(blk.NewTask()) })
+	if fault.Count(blk.OpFlush) == before {
+		t.Error("dropped without a flush")
+	}
+	b.done(0, 1, 3)
 }

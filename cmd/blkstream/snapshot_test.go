@@ -67,6 +67,41 @@ func TestSnapshotCommand(t *testing.T) {
 	}
 }
 
+func TestCommitCommand(t *testing.T) {
+	completed := fakeJob(func(j *control.Job) {
+		j.Kind, j.State, j.Message = "commit", "completed", "/o1: merged into /o0 and not used any more"
+	})
+	f := &fakeDaemon{}
+	serve(t, f)
+	for _, tc := range []struct {
+		args           []string
+		events         []*control.Job
+		status         int
+		stdout, stderr string // stderr: contained
+	}{
+		{args: []string{"commit", "disk0"}, stdout: "job copy-1 started; follow it with: blkstream job watch copy-1\n"},
+		{
+			args: []string{"commit", "disk0", "--wait"}, events: []*control.Job{state("running"), state("ready"), completed},
+			stdout: "job copy-1 is completed\n/o1: merged into /o0 and not used any more\n",
+		},
+		{args: []string{"commit", "disk0", "--wait"}, events: []*control.Job{state("cancelled")}, status: 3, stderr: "job copy-1: cancelled"},
+		{args: []string{"commit", "nope"}, status: 1, stderr: `no disk "nope"`},
+		{args: []string{"commit"}, status: 2},
+		{args: []string{"commit", "disk0", "--speed", "x"}, status: 2, stderr: `bad size "x"`},
+	} {
+		f.events = tc.events
+		status, stdout, stderr := runCLI(t.Context(), tc.args...)
+		if status != tc.status || stdout != tc.stdout || !strings.Contains(stderr, tc.stderr) {
+			t.Errorf("%q: status %d\n%s%s", tc.args, status, stdout, stderr)
+		}
+	}
+	runCLI(t.Context(), "commit", "disk0", "--top", "/o1", "--base", "/o0", "--speed", "1M", "--id", "j")
+	want := &control.CommitRequest{Disk: "disk0", Top: "/o1", Base: "/o0", Speed: 1 << 20, Id: "j"}
+	if !proto.Equal(f.last, want) {
+		t.Errorf("asked for %v, want %v", f.last, want)
+	}
+}
+
 func (f *fakeDaemon) Commit(_ context.Context, r *control.CommitRequest) (*control.Job, error) {
 	if _, err := f.disk(r, r.Disk); err != nil {
 		return nil, err

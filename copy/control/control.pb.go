@@ -681,7 +681,7 @@ func (x *DiskResizeRequest) GetSize() int64 {
 type Job struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	Id         string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Kind       string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // copy, stream
+	Kind       string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // copy, stream, commit
 	Disk       string                 `protobuf:"bytes,3,opt,name=disk,proto3" json:"disk,omitempty"`
 	Source     string                 `protobuf:"bytes,4,opt,name=source,proto3" json:"source,omitempty"`
 	Target     string                 `protobuf:"bytes,5,opt,name=target,proto3" json:"target,omitempty"`
