@@ -8,6 +8,7 @@
 package vblk
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -182,8 +183,18 @@ func (d *Device) SetConfig(off uint32, b []byte) error {
 			return fmt.Errorf("keep the write cache's state: %w", err)
 		}
 	}
-	d.writeback.Store(on)
-	return nil
+	if on || !d.writeback.Load() {
+		d.writeback.Store(on)
+		return nil
+	}
+	// The driver never flushes from now on: what it was told before must become durable too, and nothing be in flight
+	// that began with the cache.
+	ctx, cancel := context.WithTimeout(context.Background(), drainFor)
+	defer cancel()
+	return d.graph.Change(ctx, func(tx *blk.Tx) error {
+		d.writeback.Store(false)
+		return blk.Do(blk.NewTask(), tx.Root(), &blk.Request{Op: blk.OpFlush})
+	})
 }
 
 // writeThrough reports whether a write must be durable before it is acknowledged: the driver switched the cache

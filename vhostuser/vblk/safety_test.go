@@ -96,6 +96,9 @@ func TestFUA(t *testing.T) {
 				if err := d.SetWriteCache(false); err != nil {
 					t.Fatal(err)
 				}
+				if n := len(n.take(blk.OpFlush)); n != 1 {
+					t.Errorf("%d flushes when the cache was switched off, after which the driver has no reason to flush", n)
+				}
 			}
 			one(c.want)
 			if c.off {
