@@ -49,19 +49,9 @@ on with TARGET only after 'blkstream switch', or by itself with --switch auto.`,
 			if err != nil {
 				return err
 			}
-			if !wait {
-				return a.say(toJSONJob(job), "job %s started; follow it with: blkstream job watch %s", job.Id, job.Id)
-			}
-			job, err = a.follow(ctx, c, job.Id, a.progress(a.err), func(j *control.Job) bool {
+			return a.jobStarted(ctx, c, job, wait, func(j *control.Job) bool {
 				return j.State == stateReady && j.SwitchMode != "auto"
 			})
-			if a.json && job != nil {
-				return errors.Join(a.printJSON(toJSONJob(job)), err)
-			}
-			if err == nil {
-				a.printOutcome(job)
-			}
-			return err
 		}),
 	}
 	f := cmd.Flags()
@@ -82,6 +72,24 @@ on with TARGET only after 'blkstream switch', or by itself with --switch auto.`,
 	f.StringVar(&req.Id, "id", "", "`ID` of the job (default: the daemon's choice)")
 	f.BoolVar(&wait, "wait", false, "wait until the job is ready to switch, or with --switch auto, completed")
 	return cmd
+}
+
+// onlyTheEnd is for jobs that nobody has to do anything about.
+func onlyTheEnd(*control.Job) bool { return false }
+
+// jobStarted says that a job was started or, with wait, follows it until it is over or enough says so.
+func (a *app) jobStarted(ctx context.Context, c *control.Client, job *control.Job, wait bool, enough func(*control.Job) bool) error {
+	if !wait {
+		return a.say(toJSONJob(job), "job %s started; follow it with: blkstream job watch %s", job.Id, job.Id)
+	}
+	job, err := a.follow(ctx, c, job.Id, a.progress(a.err), enough)
+	if a.json && job != nil {
+		return errors.Join(a.printJSON(toJSONJob(job)), err)
+	}
+	if err == nil {
+		a.printOutcome(job)
+	}
+	return err
 }
 
 // printOutcome says what a job that went well came to.
