@@ -581,3 +581,22 @@ func TestTaskPar(t *testing.T) {
 		}
 	}
 }
+
+// A first function that panics, as one does when guest memory faults, does not leave the second one behind.
+func TestTaskParPanic(t *testing.T) {
+	var ended atomic.Bool
+	func() {
+		defer func() {
+			if recover() == nil || !ended.Load() {
+				t.Errorf("the panic came through before the second function ended")
+			}
+		}()
+		_, _ = NewTask().Par(
+			func(*Task) error { panic("fault") },
+			func(*Task) error {
+				time.Sleep(10 * time.Millisecond)
+				ended.Store(true)
+				return nil
+			})
+	}()
+}

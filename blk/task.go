@@ -128,11 +128,13 @@ func (t *Task) Par(a, b func(*Task) error) (errA, errB error) {
 		}()
 		errB = b(u)
 	})
+	defer func() { // if a panics too: b works on what a's caller gives back then
+		for !done.Load() {
+			t.park()
+		}
+	}()
 	errA = a(t)
-	for !done.Load() {
-		t.park()
-	}
-	return errA, errB
+	return
 }
 
 // NewTask returns a task for the calling goroutine. Its waits block the goroutine.

@@ -91,6 +91,13 @@ image = "/i"
 format = "raw"
 `
 
+func TestCopyOnRead(t *testing.T) {
+	f, err := Parse("b.toml", []byte(strings.Replace(minimal, "raw", "qcow2", 1)+"copy_on_read = true"))
+	if err != nil || !f.Disks[0].CopyOnRead {
+		t.Errorf("a qcow2 disk: %v", err)
+	}
+}
+
 // Polling that was switched off is something else than polling that nobody spoke of.
 func TestPolling(t *testing.T) {
 	for doc, want := range map[string]int{minimal: DefaultPollUS, minimal + "poll_us = 0\n": 0, minimal + "poll_us = 1\n": 1} {
@@ -159,7 +166,8 @@ f:6: disk "a": foo: unknown key
 f:7: disk "a": queues: 0: want 1 to 64`},
 
 		{"metrics", "[daemon]\nmetrics = 'localhost:1'", `f:2: daemon: metrics: metrics is not supported yet`},
-		{"copy on read", minimal + "copy_on_read = true", `f:6: disk "a": copy_on_read: copy_on_read is not supported yet`},
+		{"copy on read, raw", minimal + "copy_on_read = true", `f:6: disk "a": copy_on_read: a raw image has no backing image to copy from`},
+		{"copy on read, read-only", strings.Replace(minimal, "raw", "qcow2", 1) + "read_only = true\ncopy_on_read = true", `f:7: disk "a": copy_on_read: the disk is read-only: nothing can be copied into its image`},
 		{"add-cow", strings.Replace(minimal, "raw", "add-cow", 1), `f:5: disk "a": format: add-cow is not supported yet`},
 		{"backing of raw", minimal + "backing = [{ image = '/b', format = 'raw' }]", `f:6: disk "a": backing: a raw image has none`},
 		{

@@ -44,7 +44,6 @@ var notYet = []struct {
 	{key: "format", disk: func(d *Disk) string {
 		return when(d.Format == "add-cow", d.Format)
 	}},
-	{key: "copy_on_read", disk: func(d *Disk) string { return when(d.CopyOnRead, "copy_on_read") }},
 	{key: "throttle.iops", disk: func(d *Disk) string { return when(d.Throttle.IOPS > 0, "throttle") }},
 	{key: "throttle.bytes_per_second", disk: func(d *Disk) string { return when(d.Throttle.BytesPerSecond > 0, "throttle") }},
 }
@@ -133,6 +132,13 @@ func (d *Disk) problems() []problem {
 	}
 	if len(d.Backing) > 0 && d.Format == "raw" {
 		p.addf("backing", "a raw image has none")
+	}
+	switch {
+	case !d.CopyOnRead:
+	case d.Format == "raw":
+		p.addf("copy_on_read", "a raw image has no backing image to copy from")
+	case d.ReadOnly:
+		p.addf("copy_on_read", "the disk is read-only: nothing can be copied into its image")
 	}
 	if d.MetadataCache < minMetadataCache {
 		p.addf("metadata_cache", "%d: want at least %d", d.MetadataCache, minMetadataCache)

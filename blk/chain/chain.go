@@ -42,6 +42,12 @@ const (
 	DefaultMemory = 32 << 20
 )
 
+// What keeps sums of offsets and groups of pages below 2^63.
+const (
+	maxSize = 1 << 62
+	maxUnit = 1 << 30
+)
+
 // Node is the chain. The layers behind the first show through where the layers before them hold nothing.
 type Node struct {
 	info   blk.Info
@@ -74,7 +80,9 @@ func New(layers []blk.Node, o Options) (*Node, error) {
 		return nil, fmt.Errorf("chain without layers: %w", blk.ErrInvalid)
 	case len(layers) > MaxDepth:
 		return nil, fmt.Errorf("chain of %d layers, more than %d: %w", len(layers), MaxDepth, blk.ErrInvalid)
-	case unit < blk.SectorSize || bits.OnesCount64(uint64(unit)) != 1 || memory < 0:
+	case layers[0].Info().Size > maxSize:
+		return nil, fmt.Errorf("chain of %d bytes: %w", layers[0].Info().Size, blk.ErrInvalid)
+	case unit < blk.SectorSize || unit > maxUnit || bits.OnesCount64(uint64(unit)) != 1 || memory < 0:
 		return nil, fmt.Errorf("chain with a unit of %d bytes and %d bytes of memory: %w", unit, memory, blk.ErrInvalid)
 	}
 	n := &Node{unit: unit, layers: make([]layer, len(layers))}
@@ -318,15 +326,16 @@ func (b *batch) wait(t *blk.Task) error {
 	return err
 }
 
-func (n *Node) read(t *blk.Task, r *blk.Request) error {
+func (n *Node) read(t *blk.Task, r *blk.Request) (err error) {
 	b := batches.Get().(*batch) //nolint:errcheck // the pool makes nothing else
-	defer batches.Put(b)
-	err := n.readInto(t, b, r)
-	// Whatever went wrong: the kernel must be done with the memory.
-	if werr := b.wait(t); err == nil {
-		err = werr
-	}
-	return err
+	// Whatever went wrong, a fault in guest memory too: the kernel must be done with the batch and the memory.
+	defer func() {
+		if werr := b.wait(t); err == nil {
+			err = werr
+		}
+		batches.Put(b)
+	}()
+	return n.readInto(t, b, r)
 }
 
 func (n *Node) readInto(t *blk.Task, b *batch, r *blk.Request) error {

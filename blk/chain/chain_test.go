@@ -342,7 +342,7 @@ func TestModel(t *testing.T) {
 	rng := seeded(t)
 	rounds := 60
 	if testing.Short() {
-		rounds = 15
+		rounds = 8
 	}
 	for range rounds {
 		size := (1 + rng.Int64N(2000)) * 512
@@ -480,6 +480,10 @@ func TestLayerFails(t *testing.T) {
 // Many tasks read a chain whose memory is much too small.
 func TestConcurrent(t *testing.T) {
 	rng := seeded(t)
+	rounds := 60
+	if testing.Short() {
+		rounds = 8
+	}
 	layers := randomLayers(t, rng, 12, 3<<20)
 	data, _ := model(layers)
 	n, err := New(nodes(layers), Options{Unit: 512, Memory: 1})
@@ -491,7 +495,7 @@ func TestConcurrent(t *testing.T) {
 		r := rand.New(rand.NewPCG(rng.Uint64(), 1))
 		wg.Go(func() {
 			task := blk.NewTask()
-			for range 60 {
+			for range rounds {
 				off := r.Int64N(n.info.Size)
 				l := min(1+r.Int64N(100<<10), n.info.Size-off)
 				n.TryMap(blk.OpRead, off, l)

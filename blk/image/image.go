@@ -51,6 +51,7 @@ type Options struct {
 	Check    func(path string) error
 	Cache    *qcow2.Cache            // of all images of the chain; nil: one of their own
 	Barrier  func(t *blk.Task) error // see qcow2.Options
+	Warn     func(string)            // of qcow2.Options, for the first image
 	MaxDepth int                     // images behind the first; 0: chain.MaxDepth
 
 	claim bool // see file.Options; of the first image
@@ -118,7 +119,7 @@ func open(t *blk.Task, path, format string, o Options, behind func(*Image) blk.N
 	}
 	if len(lower) > 0 {
 		slices.Reverse(lower)
-		if g.Lower, err = chain.New(lower, chain.Options{Unit: g.unit()}); err != nil {
+		if g.Lower, err = chain.New(lower, chain.Options{Unit: unit(g.Chain)}); err != nil {
 			return nil, fmt.Errorf("image %q: %w", path, err)
 		}
 	}
@@ -267,7 +268,7 @@ func (g *Image) openNode(t *blk.Task, i int, o Options, backing blk.Node) error 
 			qo.Data = m.data
 		}
 		if i == 0 {
-			qo.ReadOnly, qo.Barrier = o.ReadOnly, o.Barrier
+			qo.ReadOnly, qo.Barrier, qo.Warn = o.ReadOnly, o.Barrier, o.Warn
 		}
 		n, err := qcow2.Open(t, m.storage, qo)
 		if err != nil {
@@ -281,12 +282,12 @@ func (g *Image) openNode(t *blk.Task, i int, o Options, backing blk.Node) error 
 	return nil
 }
 
-// unit is the granularity of the chain's map: the smallest cluster, so that most units are in one image. A map in
-// finer units than a file system's blocks would be large for nothing.
-func (g *Image) unit() int64 {
+// unit is the granularity of the map of what is behind the first image: the smallest cluster, so that most units are in
+// one image. A map in finer units than a file system's blocks would be large for nothing.
+func unit(members []*Member) int64 {
 	const smallest = 4096
 	unit := int64(0)
-	for _, m := range g.Chain[1:] {
+	for _, m := range members[1:] {
 		if m.Header == nil {
 			continue
 		}

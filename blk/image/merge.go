@@ -125,7 +125,7 @@ func (m *Merge) View() (blk.Node, error) {
 	for _, l := range m.image.Chain[m.top:] {
 		layers = append(layers, l.inChain())
 	}
-	n, err := chain.New(layers, chain.Options{Unit: m.image.unit()})
+	n, err := chain.New(layers, chain.Options{Unit: unit(m.image.Chain)})
 	if err != nil { // an interface that holds a nil pointer would not be nil
 		return nil, err
 	}

@@ -137,7 +137,7 @@ func (g *Image) joinLower(from *chain.Node) (err error) {
 	for _, m := range g.Chain[1:] {
 		lower = append(lower, m.inChain())
 	}
-	g.Lower, err = chain.New(lower, chain.Options{Unit: g.unit(), From: from})
+	g.Lower, err = chain.New(lower, chain.Options{Unit: unit(g.Chain), From: from})
 	if err != nil {
 		return fmt.Errorf("image %q: %w", g.Chain[0].Path, err)
 	}

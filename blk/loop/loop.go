@@ -239,6 +239,8 @@ func (l *Loop) doze() {
 		if l.opts.PollMax > 0 {
 			l.adapt(time.Since(start) + l.pollFor)
 		}
+	} else {
+		l.submit() // what sleep would have submitted: a polled ring never sleeps
 	}
 	l.sleeping.Store(false)
 	l.drv.Disarm()

@@ -581,8 +581,19 @@ func TestAdapt(t *testing.T) {
 	us := time.Microsecond
 	l := &Loop{opts: Options{PollMax: 32 * us}}
 	for i, c := range []struct{ idle, want time.Duration }{
-		{10 * us, 0}, {10 * us, 4 * us}, {3 * us, 4 * us}, {10 * us, 8 * us}, {20 * us, 16 * us}, {30 * us, 32 * us},
-		{32 * us, 32 * us}, {33 * us, 0}, {time.Second, 0}, {us, 0}, {33 * us, 0}, {us, 0}, {us, 4 * us},
+		{10 * us, 0},
+		{10 * us, 4 * us},
+		{3 * us, 4 * us},
+		{10 * us, 8 * us},
+		{20 * us, 16 * us},
+		{30 * us, 32 * us},
+		{32 * us, 32 * us},
+		{33 * us, 0},
+		{time.Second, 0},
+		{us, 0},
+		{33 * us, 0},
+		{us, 0},
+		{us, 4 * us},
 	} {
 		if l.adapt(c.idle); l.pollFor != c.want {
 			t.Errorf("step %d: idle for %v: polls for %v, want %v", i, c.idle, l.pollFor, c.want)

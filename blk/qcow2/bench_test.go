@@ -57,3 +57,27 @@ func BenchmarkAllocate(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkTryMap maps random blocks of a disk whose tables are in memory.
+func BenchmarkTryMap(b *testing.B) {
+	const disk = 1 << 30
+	for _, options := range []string{"preallocation=metadata", "preallocation=metadata,extended_l2=on"} {
+		b.Run(options, func(b *testing.B) {
+			path := diskImage(b, disk, options)
+			n := mustOpen(b, openFile(b, path, true, false), Options{Name: path})
+			for off := int64(0); off < disk; off += 1 << n.l1Shift {
+				if _, err := n.Map(blk.NewTask(), off, 1); err != nil {
+					b.Fatal(err)
+				}
+			}
+			rng := rand.New(rand.NewPCG(1, 1))
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, ok := n.TryMap(blk.OpRead, rng.Int64N(disk/4096)*4096, 4096); !ok {
+					b.Fatal("not mapped")
+				}
+			}
+			mustClose(b, n)
+		})
+	}
+}

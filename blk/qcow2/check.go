@@ -702,7 +702,7 @@ func (c *checker) countFragments(e l2Entry, next int64) int64 {
 		c.res.CompressedClusters++
 		c.res.FragmentedClusters++
 		return next
-	case off == 0 && (!c.lay.dataFile || e&copied == 0):
+	case off == 0 && (!c.lay.dataFile || e&copied == 0 || c.lay.words == 1 && e&zeroFlag != 0):
 		return next
 	}
 	c.res.AllocatedClusters++

@@ -47,6 +47,7 @@ func memoryOf(b []byte) *blktest.Memory {
 func (im *anImage) word(off int64) uint64       { return binary.BigEndian.Uint64(im.b[off:]) }
 func (im *anImage) setWord(off int64, v uint64) { binary.BigEndian.PutUint64(im.b[off:], v) }
 func (im *anImage) l2(i int64) int64            { return l1Entry(im.word(im.h.L1Offset + 8*i)).offset() }
+
 func (im *anImage) refBlockOf(cluster int64) (block []byte, i int64) {
 	at := int64(im.word(im.h.RefTableOffset + cluster>>im.h.refBlockBits()*8))
 	return im.b[at : at+im.h.ClusterSize()], cluster & (1<<im.h.refBlockBits() - 1)
@@ -112,6 +113,9 @@ func small(refcountBits int) CreateOptions {
 }
 
 func TestDamage(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long, and nothing in it happens at once")
+	}
 	for _, d := range damages {
 		for _, refcountBits := range []int{2, 16, 64} {
 			for _, window := range []int64{1, checkWindow} {
@@ -193,6 +197,9 @@ func assertLowered(t *testing.T, before *anImage, now []byte) {
 
 // TestRepairCrash: after a power cut anywhere in a repair, another repair ends well.
 func TestRepairCrash(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long, and nothing in it happens at once")
+	}
 	rng := rand.New(rand.NewPCG(7, 7))
 	for _, d := range damages {
 		if d.stays {
@@ -250,6 +257,9 @@ func must(r CheckResult, err error) CheckResult {
 
 // TestRepairFaults: an error of the storage ends a repair with that error, and the next one repairs.
 func TestRepairFaults(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long, and nothing in it happens at once")
+	}
 	for _, name := range []string{"no refcount block", "count of a data cluster too low", "a cluster twice", "dirty"} {
 		for _, d := range damages {
 			if d.name != name {

@@ -55,9 +55,12 @@ func mustBeSound(t *testing.T, storage blk.Node, window int64) CheckResult {
 }
 
 func TestCreate(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long, and nothing in it happens at once")
+	}
 	for _, size := range []int64{0, 512, 3<<20 + 512} {
 		for i, o := range allOptions(size) {
-			if size < 1<<20 && i%7 > 0 || o.ClusterSize == 2<<20 && i%5 > 0 { // large ones take long
+			if size < 1<<20 && i%7 > 0 || o.ClusterSize >= 64<<10 && i%5 > 0 { // large ones take long
 				continue
 			}
 			storage := blktest.NewMemory(12345 * 512)
@@ -216,6 +219,9 @@ func (s *sparse) Do(_ *blk.Task, r *blk.Request) error {
 
 // TestCreateLarge: 64 TiB, and the largest disk there can be.
 func TestCreateLarge(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long, and nothing in it happens at once")
+	}
 	for _, o := range []CreateOptions{
 		{Size: 64 << 40},
 		{Size: 64 << 40, ClusterSize: 2 << 20, Preallocation: "metadata"},

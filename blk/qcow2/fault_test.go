@@ -4,6 +4,7 @@ package qcow2_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -56,6 +57,19 @@ func (f *tripwire) Resize(t *blk.Task, size int64, shrink bool) error {
 	return f.Memory.Resize(t, size, shrink)
 }
 
+// below is a backing file that takes part in that.
+type below struct {
+	blk.Node
+	f *tripwire
+}
+
+func (b below) Do(t *blk.Task, r *blk.Request) error {
+	if err := b.f.trip(r.Op); err != nil {
+		return err
+	}
+	return b.Node.Do(t, r)
+}
+
 // TestFaultsEverywhere lets each I/O fail, alone and with those after it. The error reaches whoever asked; what was
 // there stays, or is what was to be written; when the fault is gone all goes on; and in the end nothing is counted
 // wrong and no space is lost.
@@ -73,12 +87,20 @@ func TestFaultsEverywhere(t *testing.T) {
 				image := disk.Bytes()
 				for at := int64(0); ; {
 					f := &tripwire{Memory: memoryOf(t, image), from: at, count: 1 + at%3*2, err: err}
-					if !s.faulty(t, rand.New(rand.NewPCG(seed, 2)), f, base) {
+					var lower blk.Node
+					if base != nil {
+						lower = below{base, f}
+					}
+					if !s.faulty(t, rand.New(rand.NewPCG(seed, 2)), f, lower) {
 						t.Logf("%d operations", at)
 						return
 					}
-					if at += 1; testing.Short() {
-						at += 12
+					at++
+					if s.reached != nil {
+						at += 6
+					}
+					if testing.Short() {
+						at += int64(s.faultyOps()) / 3
 					}
 				}
 			})
@@ -197,5 +219,31 @@ func (s *scene) settled(t *testing.T, f *tripwire, n blk.Node, r *blk.Request, o
 		if !bytes.Equal(sector(got), sector(b)) {
 			t.Fatalf("operation %d failed: %v at %d: other bytes in sector %d", f.from, r.Op, r.Off, i/blk.SectorSize)
 		}
+	}
+}
+
+// TestDamagedEntryStays: the request that finds a damaged entry does not write over it, nor does any later one. What
+// it said may still help to rescue data.
+func TestDamagedEntryStays(t *testing.T) {
+	m := blktest.NewMemory(0)
+	o := qcow2.CreateOptions{Size: 64 << 10, ClusterSize: 4096, Preallocation: "metadata"}
+	if err := qcow2.Create(blk.NewTask(), m, o); err != nil {
+		t.Fatal(err)
+	}
+	b := m.Bytes()
+	be := binary.BigEndian
+	entry := int64(be.Uint64(b[be.Uint64(b[40:]):])&(1<<56-1<<9)) + 3*8
+	word := be.AppendUint64(nil, 1<<63|be.Uint64(b[48:])) // the refcount table
+	copy(b[entry:], word)
+	m = memoryOf(t, b)
+	n := open(t, m, qcow2.Options{})
+	for range 2 {
+		err := blk.Do(blk.NewTask(), n, &blk.Request{Op: blk.OpWriteZeroes, Off: 5 * 4096, Len: 4096})
+		if !errors.Is(err, qcow2.ErrCorrupt) {
+			t.Errorf("error %v", err)
+		}
+	}
+	if now := m.Bytes()[entry:][:8]; !bytes.Equal(now, word) {
+		t.Errorf("the entry was %x and is %x", word, now)
 	}
 }

@@ -47,7 +47,7 @@ func TestRefused(t *testing.T) {
 			t.Errorf("%s: %v", c.name, err)
 		}
 		n, err := Open(blk.NewTask(), m, Options{Name: "test", ReadOnly: true})
-		if c.want == ErrCorrupt {
+		if errors.Is(c.want, ErrCorrupt) {
 			if err != nil {
 				t.Errorf("%s, to read: %v", c.name, err)
 				continue

@@ -463,9 +463,9 @@ func (h *Header) placeName(headLen, n int64) (int64, error) {
 		return h.backingOff, nil
 	case headLen+n > sector:
 		at = roundUp(headLen, sector)
-		// Two places take turns.
-		if room := roundUp(maxBackingName, sector); h.backingOff > 0 && h.backingOff < at+room {
-			at += room
+		// Not over the old name, which is valid until the first sector is written.
+		if end := h.backingOff + int64(len(h.storedName)); h.backingOff < at+n && at < end {
+			at = roundUp(end, sector)
 		}
 	}
 	for _, at := range []int64{at, headLen} {

@@ -150,10 +150,7 @@ func (n *Node) useBitmaps(t *blk.Task) error {
 			return fmt.Errorf("mark bitmap %q as in use: %w", b.Name, err)
 		}
 		marked = true
-		n.mu.Lock()
-		n.warnings = append(n.warnings, fmt.Sprintf(
-			"image %q: bitmap %q does not record what is written now and is marked as inconsistent", n.name, b.Name))
-		n.mu.Unlock()
+		n.warn("image %q: bitmap %q does not record what is written now and is marked as inconsistent", n.name, b.Name)
 	}
 	if !marked {
 		return nil

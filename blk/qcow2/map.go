@@ -53,6 +53,7 @@ func (n *Node) span(tab *table, off, l int64) (p piece, ok bool) {
 		p.host = c.host + skip
 	case kindPacked:
 		p.entry, p.skip = c.packed, skip
+	default: // nothing to find
 	}
 	// end is where the piece ends, in the table.
 	end := int64(i)<<n.clusterBits + (skip>>n.subShift+int64(subs))<<n.subShift
@@ -143,7 +144,8 @@ func (n *Node) tryBacking(off, l int64) (blk.Extent, bool) {
 	}
 	size := b.Info().Size
 	if off >= size {
-		return blk.Extent{Len: l, State: blk.Zero}, true
+		// Not ours: behind another backing image there may be something else.
+		return blk.Extent{Len: l, State: blk.Zero, Depth: 1}, true
 	}
 	e, ok := b.TryMap(blk.OpRead, off, min(l, size-off))
 	return below(e), ok
@@ -177,6 +179,7 @@ func (n *Node) Map(t *blk.Task, off, l int64) (blk.Extent, error) {
 		return blk.Extent{Len: p.len, State: blk.Zero}, nil
 	case kindPacked:
 		return blk.Extent{Len: p.len, State: blk.Encoded}, nil
+	default: // the backing image shows; damage was an error
 	}
 	b := n.backing.Load().node
 	if b == nil || off >= b.Info().Size {

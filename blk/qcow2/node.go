@@ -18,8 +18,9 @@
 // memory holds, before any other metadata is changed.
 //
 // Locks, in the order in which they may be taken; all but the last two are task locks and may be held over I/O:
-// guest ranges (Node.clusters), loading or making a table (Node.loads), reference counts (Node.alloc), settling
-// (Node.settling), one of {L1, blocks of an L2 table, header}, syncing; Cache.mu, Node.mu.
+// Node.resizing, guest ranges (Node.clusters), loading or making a table (Node.loads), the packer, reference counts
+// (Node.alloc), settling, one of {L1, blocks of an L2 table, a refcount block, header}, making a file longer, flushing;
+// Cache.mu, Node.mu.
 // Whoever is counted in Node.users waits for none of them.
 package qcow2
 
@@ -39,6 +40,8 @@ type Options struct {
 	Data     blk.Node // the external data file, if the header names one; closed with the node
 	ReadOnly bool
 	Cache    *Cache // bounds the memory for tables; nil: a cache of the node's own with DefaultCacheBytes
+	// Warn is told what the user should know, as it comes up; Node.Warnings repeats it. It must not block. May be nil.
+	Warn func(string)
 	// Barrier returns when all I/O has ended that was begun before on extents from TryMap; nil: there never is any.
 	// It must not wait for requests in Do: those wait for it.
 	Barrier func(t *blk.Task) error
@@ -53,6 +56,7 @@ type Node struct {
 	readOnly bool
 	cache    *Cache
 	barrier  func(t *blk.Task) error
+	onWarn   func(string)
 	info     atomic.Pointer[blk.Info]
 	backing  atomic.Pointer[backing]
 	l1Shift  uint
@@ -88,11 +92,11 @@ type Node struct {
 	growData  taskLock    // the data file
 	refWrites taskLock    // a refcount block is changed and written
 	fixed     atomic.Bool // the storage has one size
-	alloc     taskLock    // refs, scan, batch, and whoever changes counts
+	alloc     taskLock    // refs, scan, batch, and whoever changes counts: all down to maxBatch
 	refs      atomic.Pointer[refTable]
 	scan      int64 // no cluster below is free, as far as we know
 	batch     int64 // clusters to reserve next time
-	maxBatch  int64
+	maxBatch  int64 // bounds batch
 	packer    packer
 	unpacked  unpackCache
 
@@ -154,6 +158,7 @@ func open(t *blk.Task, storage blk.Node, o Options) (*Node, error) {
 		readOnly: o.ReadOnly,
 		cache:    o.Cache,
 		barrier:  o.Barrier,
+		onWarn:   o.Warn,
 		l1Shift:  h.l1Shift(),
 		refBits:  h.refBlockBits(),
 		refOrder: h.RefcountOrder,
@@ -215,6 +220,16 @@ func (n *Node) Header() *Header {
 	defer n.mu.Unlock()
 	h := n.header
 	return &h
+}
+
+func (n *Node) warn(format string, args ...any) {
+	w := fmt.Sprintf(format, args...)
+	n.mu.Lock()
+	n.warnings = append(n.warnings, w)
+	n.mu.Unlock()
+	if n.onWarn != nil {
+		n.onWarn(w)
+	}
 }
 
 // Warnings says what the user should know about the image that is not an error.
@@ -302,10 +317,7 @@ func (n *Node) damage(t *blk.Task, format string, args ...any) error {
 		return err
 	}
 	n.inPlace.Store(false)
-	n.mu.Lock()
-	n.warnings = append(n.warnings, fmt.Sprintf(
-		"image %q is damaged (%s): it takes no writes until it has been repaired", n.name, what))
-	n.mu.Unlock()
+	n.warn("image %q is damaged (%s): it takes no writes until it has been repaired", n.name, what)
 	if n.v2 {
 		return err // no place for a mark
 	}

@@ -383,6 +383,38 @@ func TestGrowOverBacking(t *testing.T) {
 	}
 }
 
+func TestResizeDataFile(t *testing.T) {
+	for _, options := range []string{"data_file_raw=off", "data_file_raw=on"} {
+		t.Run(options, func(t *testing.T) {
+			data := filepath.Join(tempDir(t), "data")
+			m := intoMemory(t, qemuImage(t, 1<<20, "data_file="+data+","+options))
+			d := intoMemory(t, data)
+			n := mustOpen(t, m, Options{Name: "test", Data: d})
+			task := blk.NewTask()
+			want := pattern(13, 3<<20)
+			writeAt(t, n, 0, want[:1<<20])
+			if err := n.Resize(task, 3<<20, false); err != nil {
+				t.Fatal(err)
+			}
+			if got := readAll(t, n); !bytes.Equal(got[:1<<20], want[:1<<20]) || len(bytes.Trim(got[1<<20:], "\x00")) > 0 {
+				t.Error("wrong contents")
+			}
+			writeAt(t, n, 1<<20, want[1<<20:])
+			for _, size := range []int64{2<<20 - 512, 3 << 20} {
+				if err := n.Resize(task, size, true); err != nil {
+					t.Fatal(err)
+				}
+			}
+			clear(want[2<<20-512:])
+			if !bytes.Equal(readAll(t, n), want) || n.raw && !bytes.Equal(d.Bytes(), want) {
+				t.Error("wrong contents after shrinking and growing")
+			}
+			mustClose(t, n)
+			checkClean(t, m.Bytes(), false)
+		})
+	}
+}
+
 func TestSetBacking(t *testing.T) {
 	base := blktest.NewMemory(1 << 20)
 	fillDisk(t, base, pattern(6, 1<<20))
@@ -519,6 +551,17 @@ func (f *flaky) Do(t *blk.Task, r *blk.Request) error {
 	return syscall.EIO
 }
 
+// Resize fails for want of room.
+func (f *flaky) Resize(t *blk.Task, size int64, shrink bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.index++; f.fail != nil && f.fail(f.index) {
+		f.failed++
+		return syscall.ENOSPC
+	}
+	return f.Memory.Resize(t, size, shrink)
+}
+
 // TestFaults fails each I/O in turn, and looks at the image after each step.
 func TestFaults(t *testing.T) {
 	contents := pattern(9, 1<<20)
@@ -565,7 +608,7 @@ func faulty(t *testing.T, n *Node, f *flaky, index int, rng *rand.Rand, contents
 		}
 		failed := f.failed
 		err := blk.Do(blk.NewTask(), n, r)
-		if err != nil && !errors.Is(err, syscall.EIO) {
+		if err != nil && !errors.Is(err, syscall.EIO) && !blk.IsNoSpace(err) {
 			t.Fatalf("fault %d: %v", index, err)
 		}
 		if f.failed != failed {
@@ -650,6 +693,7 @@ func TestFaultsAtOnce(t *testing.T) {
 								clear(model[off : off+l])
 							case blk.OpFlush:
 								r.Off, r.Len, off, l = 0, 0, 0, 0
+							default:
 							}
 							err := blk.Do(blk.NewTask(), n, r)
 							for i := off; i < off+l; i++ {
@@ -695,8 +739,11 @@ func TestPowerCut(t *testing.T) {
 		options string
 		backing bool
 	}{
-		{"cluster_size=4k", false}, {"cluster_size=4k", true}, {"cluster_size=512,refcount_bits=64", true},
-		{"extended_l2=on,cluster_size=16k", true}, {"compat=0.10,cluster_size=4k", true},
+		{"cluster_size=4k", false},
+		{"cluster_size=4k", true},
+		{"cluster_size=512,refcount_bits=64", true},
+		{"extended_l2=on,cluster_size=16k", true},
+		{"compat=0.10,cluster_size=4k", true},
 	} {
 		t.Run(fmt.Sprint(c.options, c.backing), func(t *testing.T) {
 			options := c.options

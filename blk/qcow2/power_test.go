@@ -4,7 +4,9 @@ package qcow2_test
 
 import (
 	"bytes"
+	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -16,7 +18,7 @@ import (
 
 // history is what a disk held when. Sectors are written by one goroutine each, and clusters by several.
 type history struct {
-	disk    *blktest.CrashDisk
+	points  func() int // the number of steps so far
 	clock   atomic.Int64
 	sectors [][]version
 
@@ -38,8 +40,8 @@ type flush struct {
 	end   int
 }
 
-func newHistory(disk *blktest.CrashDisk, contents []byte) *history {
-	h := &history{disk: disk}
+func newHistory(points func() int, contents []byte) *history {
+	h := &history{points: points}
 	h.extend(contents)
 	return h
 }
@@ -54,7 +56,7 @@ func (h *history) extend(b []byte) {
 func (h *history) change(t *testing.T, n blk.Node, r *blk.Request, b []byte) {
 	t.Helper()
 	task := blk.NewTask()
-	begin := h.disk.Points()
+	begin := h.points()
 	if err := blk.Do(task, n, r); err != nil {
 		t.Errorf("%v at %d: %v", r.Op, r.Off, err)
 		return
@@ -67,7 +69,7 @@ func (h *history) change(t *testing.T, n blk.Node, r *blk.Request, b []byte) {
 	}
 	v := version{begin: begin, end: h.clock.Add(1)}
 	if r.Flags&blk.FUA != 0 {
-		v.forced = h.disk.Points()
+		v.forced = h.points()
 	}
 	for i := 0; i < len(b); i += blk.SectorSize {
 		v.data = b[i : i+blk.SectorSize]
@@ -83,7 +85,7 @@ func (h *history) flush(t *testing.T, n blk.Node) {
 		t.Errorf("flush: %v", err)
 		return
 	}
-	f := flush{begin, h.disk.Points()}
+	f := flush{begin, h.points()}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.flushes = append(h.flushes, f)
@@ -135,6 +137,10 @@ func scenes() []scene {
 	all := []kind{write, write, write, zero, unmap, discard, discard}
 	return []scene{
 		{name: "allocation", o: qcow2.CreateOptions{Size: 256 << 10, ClusterSize: 512}, workers: 1, ops: 60, flushRate: 8, kinds: []kind{write}},
+		{
+			name: "many refcount blocks", o: qcow2.CreateOptions{Size: 256 << 10, ClusterSize: 512, RefcountBits: 64},
+			workers: 1, ops: 150, flushRate: 40, kinds: []kind{write},
+		},
 		// A refcount block has room for 64 counts, the table for 64 blocks: it grows at 2 MiB.
 		{
 			name:    "growth of the refcount table",
@@ -146,6 +152,10 @@ func scenes() []scene {
 			name: "growth of the L1 table", o: qcow2.CreateOptions{Size: 64 << 10, ClusterSize: 512},
 			fill: true, workers: 1, ops: 40, grow: 3, flushRate: 6, kinds: all,
 			reached: func(a, b *qcow2.Header) bool { return b.L1Size > a.L1Size && b.L1Offset != a.L1Offset },
+		},
+		{
+			name: "growth over a longer backing file", o: qcow2.CreateOptions{Size: 32 << 10, ClusterSize: 1024}, base: 300 << 10,
+			workers: 1, ops: 30, grow: 2, flushRate: 10, kinds: all,
 		},
 		{
 			name: "copies of a snapshot", o: qcow2.CreateOptions{Size: 300 << 10, ClusterSize: 4096, RefcountBits: 8},
@@ -262,7 +272,7 @@ func TestPowerCuts(t *testing.T) {
 			n := qcow2.ReserveLittle(open(t, disk, qcow2.Options{Backing: base}))
 			first := disk.Points()
 			start, before := contents(t, n), n.Header()
-			h := newHistory(disk, start)
+			h := newHistory(disk.Points, start)
 			s.play(t, rng, h, n)
 			if s.reached != nil && !s.reached(before, n.Header()) {
 				t.Error("it did not come to that")
@@ -273,12 +283,17 @@ func TestPowerCuts(t *testing.T) {
 			if err := n.Close(); err != nil {
 				t.Fatal(err)
 			}
-			step := 1
+			step, samples := 1, 3
 			if testing.Short() {
 				step = 7
 			}
+			if len(disk.Bytes()) > 1<<20 {
+				samples = 1
+			}
 			for at := first; at <= disk.Points(); at += step {
-				s.cut(t, rng, h, base, at, start)
+				for range samples { // what is left of a moment differs
+					s.cut(t, rng, h, disk.CrashAt(at, rng), base, at, start)
+				}
 			}
 			t.Logf("%d points", disk.Points()-first)
 			if r := check(t, disk, qcow2.RepairNone); r.Errors+r.Leaks > 0 {
@@ -329,9 +344,8 @@ func (s *scene) play(t *testing.T, rng *rand.Rand, h *history, n *qcow2.Node) {
 }
 
 // cut looks at what a power cut left. start is what the disk held at first, and its snapshot does.
-func (s *scene) cut(t *testing.T, rng *rand.Rand, h *history, base blk.Node, at int, start []byte) {
+func (s *scene) cut(t *testing.T, rng *rand.Rand, h *history, left *blktest.CrashDisk, base blk.Node, at int, start []byte) {
 	t.Helper()
-	left := h.disk.CrashAt(at, rng)
 	if r := check(t, left, qcow2.RepairNone); r.Errors > 0 {
 		t.Fatalf("cut at %d: %+v", at, r)
 	}
@@ -361,5 +375,132 @@ func (s *scene) cut(t *testing.T, rng *rand.Rand, h *history, base blk.Node, at 
 	}
 	if s.snapshot && !bytes.Equal(snapshotOf(t, left.Bytes(), base), start) {
 		t.Fatalf("cut at %d, written: the snapshot changed", at)
+	}
+}
+
+// pair is a disk and another one, of which one step at a time is done. It notes how far both were after each.
+type pair struct {
+	*blktest.CrashDisk
+	steps *[][2]int
+	disks *[2]*blktest.CrashDisk
+}
+
+func (p pair) Do(t *blk.Task, r *blk.Request) error {
+	defer p.note()
+	return p.CrashDisk.Do(t, r)
+}
+
+func (p pair) Resize(t *blk.Task, size int64, shrink bool) error {
+	defer p.note()
+	return p.CrashDisk.Resize(t, size, shrink)
+}
+
+func (p pair) note() { *p.steps = append(*p.steps, [2]int{p.disks[0].Points(), p.disks[1].Points()}) }
+
+// TestPowerCutsDataFile: the image's file and the data file each lose their own part.
+func TestPowerCutsDataFile(t *testing.T) {
+	for _, o := range []qcow2.CreateOptions{
+		{ClusterSize: 4096},
+		{ClusterSize: 16 << 10, ExtendedL2: true},
+		{ClusterSize: 512, DataFileRaw: true},
+		{ClusterSize: 2048, LazyRefcounts: true},
+	} {
+		t.Run(fmt.Sprintf("cluster=%d,extended=%v,raw=%v,lazy=%v", o.ClusterSize, o.ExtendedL2, o.DataFileRaw, o.LazyRefcounts), func(t *testing.T) {
+			t.Parallel()
+			rng := seeded(t)
+			o.Size, o.DataFile = 200<<10, "data"
+			disks := [2]*blktest.CrashDisk{blktest.NewCrashDisk(0), blktest.NewCrashDisk(0)}
+			o.Data = disks[1]
+			if err := qcow2.Create(blk.NewTask(), disks[0], o); err != nil {
+				t.Fatal(err)
+			}
+			steps := [][2]int{{disks[0].Points(), disks[1].Points()}}
+			n := qcow2.ReserveLittle(open(t, pair{disks[0], &steps, &disks}, qcow2.Options{Data: pair{disks[1], &steps, &disks}}))
+			h := newHistory(func() int { return len(steps) - 1 }, contents(t, n))
+			for range 100 {
+				if rng.IntN(7) == 0 {
+					h.flush(t, n)
+					continue
+				}
+				r, b := change(rng, o.Size, o.ClusterSize, []kind{write, write, write, zero, unmap, discard})
+				h.change(t, n, r, b)
+			}
+			if err := n.Close(); err != nil {
+				t.Fatal(err)
+			}
+			for at, p := range steps {
+				left := [2]*blktest.CrashDisk{disks[0].CrashAt(p[0], rng), disks[1].CrashAt(p[1], rng)}
+				if r := check(t, left[0], qcow2.RepairNone); r.Errors > 0 {
+					t.Fatalf("cut at %d: %+v", at, r)
+				}
+				n := open(t, left[0], qcow2.Options{Data: left[1], ReadOnly: true})
+				h.matches(t, at, contents(t, n))
+				if o.DataFileRaw {
+					h.matches(t, at, left[1].Bytes()[:o.Size])
+				}
+			}
+		})
+	}
+}
+
+// TestPowerCutsSetBacking: the header names the old backing file or the new one, and no backing file only when the
+// image holds everything.
+func TestPowerCutsSetBacking(t *testing.T) {
+	rng := seeded(t)
+	const size = 64 << 10
+	base := memoryOf(t, bytes.Repeat([]byte{0xb5}, size))
+	for _, cluster := range []int64{2048, 16 << 10} {
+		disk := blktest.NewCrashDisk(0)
+		names := []string{"base", strings.Repeat("longer/", 40), "x", strings.Repeat("y", 1000), "base", ""}
+		o := qcow2.CreateOptions{Size: size, ClusterSize: cluster, BackingFile: names[0], BackingFormat: "raw"}
+		if err := qcow2.Create(blk.NewTask(), disk, o); err != nil {
+			t.Fatal(err)
+		}
+		n := qcow2.ReserveLittle(open(t, disk, qcow2.Options{Backing: base}))
+		data := bytes.Repeat([]byte{0xda}, size)
+		do(t, n, &blk.Request{Op: blk.OpWrite, Len: size, Data: blk.BytesVec(nil, data)})
+		for i, name := range names[1:] {
+			var to blk.Node
+			format := ""
+			if name != "" {
+				to, format = base, "raw"
+			}
+			first := disk.Points()
+			if err := n.SetBacking(blk.NewTask(), to, name, format); err != nil {
+				t.Fatal(err)
+			}
+			if i == 0 && disk.Points()-first < 2 {
+				t.Fatalf("%d steps", disk.Points()-first)
+			}
+			for at := first; at <= disk.Points(); at++ {
+				for range 20 {
+					left := disk.CrashAt(at, rng)
+					h, err := qcow2.ReadHeader(blk.NewTask(), left)
+					if err != nil {
+						t.Fatalf("to %q, cut at %d: %v", name, at, err)
+					}
+					if h.BackingFile != names[i] && h.BackingFile != name || at == disk.Points() && h.BackingFile != name ||
+						(h.BackingFile != "") != (h.BackingFormat == "raw") {
+						t.Fatalf("clusters of %d, from %.9q to %.9q, cut at %d of %d to %d: %.9q of %d bytes, format %q", cluster, names[i], name, at, first,
+							disk.Points(), h.BackingFile, len(h.BackingFile), h.BackingFormat)
+					}
+					if r := check(t, left, qcow2.RepairNone); r.Errors > 0 {
+						t.Fatalf("to %q, cut at %d: %+v", name, at, r)
+					}
+					if h.BackingFile != "" {
+						continue
+					}
+					if !bytes.Equal(contents(t, open(t, left, qcow2.Options{ReadOnly: true})), data) {
+						t.Fatalf("cut at %d: the backing file is gone before the data was there", at)
+					}
+				}
+			}
+			// So that the next change has something to make durable.
+			for j := range data {
+				data[j]++
+			}
+			do(t, n, &blk.Request{Op: blk.OpDiscard, Len: size})
+			do(t, n, &blk.Request{Op: blk.OpWrite, Len: size, Data: blk.BytesVec(nil, data)})
+		}
 	}
 }

@@ -29,17 +29,17 @@ func (n *Node) readPiece(t *blk.Task, v blk.Vec, at, off, l int64) (int64, error
 			return 0, err
 		}
 		got, err := n.readFrom(t, tab, v, at, off, l)
-		if tab != nil {
-			n.cache.unpin(tab)
-		}
 		if got > 0 || err != nil {
 			return got, err
 		}
 	}
 }
 
-// readFrom reads a piece with what tab says. It returns 0 if that is not the table any more.
+// readFrom reads a piece with what tab says, and unpins it. It returns 0 if that is not the table any more.
 func (n *Node) readFrom(t *blk.Task, tab *table, v blk.Vec, at, off, l int64) (int64, error) {
+	if tab != nil {
+		defer n.cache.unpin(tab) // guest memory may fault
+	}
 	// What the table says stays in place until we leave.
 	defer n.leave(n.enter(t))
 	if !n.current(tab, off>>n.l1Shift) {

@@ -123,6 +123,9 @@ func (n *Node) loadRefTable(t *blk.Task) error {
 func (n *Node) noteMetadata(t *blk.Task) error {
 	h := &n.header
 	note := func(off, size int64) {
+		if size == 0 {
+			return // the offset means nothing
+		}
 		for c := off >> n.clusterBits; c < (off+size+n.clusterSize()-1)>>n.clusterBits; c++ {
 			n.metadata[c] = struct{}{}
 		}

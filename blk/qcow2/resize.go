@@ -69,16 +69,18 @@ func (n *Node) grow(t *blk.Task, h *Header, size int64) error {
 }
 
 func (n *Node) shrink(t *blk.Task, h *Header, size int64) error {
-	m := discard
-	if n.raw {
-		m = unmap
-	}
 	if from := roundUp(size, n.clusterSize()); from < h.Size {
-		if err := n.zero(t, from, h.Size-from, m); err != nil {
+		if err := n.zero(t, from, h.Size-from, discard); err != nil {
 			return err
 		}
 	}
-	return n.setSize(t, size)
+	if err := n.setSize(t, size); err != nil || !n.raw {
+		return err
+	}
+	if r, ok := n.data.(resizer); ok {
+		return r.Resize(t, roundUp(size, max(n.data.Info().Align, blk.SectorSize)), true)
+	}
+	return nil
 }
 
 func (n *Node) setSize(t *blk.Task, size int64) error {

@@ -31,6 +31,7 @@ type table struct {
 	host    int64
 	words   []atomic.Uint64
 	seq     atomic.Uint32 // odd while an entry of two words changes
+	bad     bool          // has damaged entries, of which the image's are not kept: never written
 
 	blocks  blk.RangeLock // by byte in the table: blocks that are being written
 	pending []*update     // under Node.mu
@@ -151,6 +152,7 @@ func (n *Node) loadTable(t *blk.Task, i int64) (*table, error) {
 		tab.words[j].Store(binary.BigEndian.Uint64(buf.B[8*j:]))
 	}
 	bad := n.checkTable(tab)
+	tab.bad = bad >= 0
 	n.install(tab)
 	if bad >= 0 && !n.readOnly {
 		// Reported by whoever uses the entry; but nothing is written any more.
@@ -210,14 +212,14 @@ func (n *Node) isMetadataLocked(host int64) bool {
 // none, and copies one that a snapshot shares.
 func (n *Node) ownTable(t *blk.Task, i int64) (*table, error) {
 	if n.l1.Load().entry(i).copied() {
-		return n.table(t, i)
+		return n.unlessBad(n.table(t, i))
 	}
 	defer n.loads.Unlock(n.loads.Lock(t, i, 1))
 	e := n.l1.Load().entry(i)
 	if e.copied() {
-		return n.loadTable(t, i)
+		return n.unlessBad(n.loadTable(t, i))
 	}
-	old, err := n.loadTable(t, i)
+	old, err := n.unlessBad(n.loadTable(t, i))
 	if err != nil {
 		return nil, err
 	}
@@ -253,6 +255,15 @@ func (n *Node) ownTable(t *blk.Task, i int64) (*table, error) {
 		n.release(refRun{old.host >> n.clusterBits, 1, -1})
 	}
 	return tab, nil
+}
+
+// unlessBad keeps a table with damaged entries from being written: the request that found them goes on.
+func (n *Node) unlessBad(tab *table, err error) (*table, error) {
+	if err != nil || tab == nil || !tab.bad {
+		return tab, err
+	}
+	n.cache.unpin(tab)
+	return nil, ErrCorrupt
 }
 
 // writeNewTable fills a new table with the entries of old, if any. It is durable before anything points to it, unless

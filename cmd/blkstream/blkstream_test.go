@@ -106,6 +106,13 @@ func (f *fakeDaemon) Copy(_ context.Context, r *control.CopyRequest) (*control.J
 	return fakeJob(nil), nil
 }
 
+func (f *fakeDaemon) Stream(_ context.Context, r *control.StreamRequest) (*control.Job, error) {
+	if _, err := f.disk(r, r.Disk); err != nil {
+		return nil, err
+	}
+	return fakeJob(func(j *control.Job) { j.Kind, j.Stage = "stream", "stream" }), nil
+}
+
 func (f *fakeDaemon) Switch(_ context.Context, r *control.SwitchRequest) (*control.SwitchResponse, error) {
 	f.last = r
 	if r.Target != "disk0" && r.Target != "copy-1" {
@@ -243,6 +250,10 @@ func TestExitStatus(t *testing.T) {
 		{args: "job watch nope", status: 1, stderr: `no job "nope"`},
 		{args: "copy disk0 /b.img", stdout: "job copy-1 started; follow it with: blkstream job watch copy-1\n"},
 		{args: "block_copy disk0 /b.img", stdout: "job copy-1 started"},
+		{args: "stream disk0", stdout: "job copy-1 started; follow it with: blkstream job watch copy-1\n"},
+		{args: "stream nope --wait", status: 1, stderr: `no disk "nope"`},
+		{args: "stream disk0 --wait", events: []*control.Job{state("running"), state("completed")}, stdout: "job copy-1 is completed"},
+		{args: "stream disk0 --wait", events: []*control.Job{state("failed")}, status: 3, stderr: "blkstream: job copy-1: failed"},
 		{args: "copy nope /b.img --wait", status: 1, stderr: `no disk "nope"`},
 		{args: "copy disk0", status: 2},
 		{args: "copy disk0 /b.img --switch never", status: 2, stderr: "want one of manual, auto"},
@@ -331,6 +342,11 @@ func TestRequests(t *testing.T) {
 			},
 		},
 		{"disk resize disk0 3G --socket CONTROL", &control.DiskResizeRequest{Id: "disk0", Size: 3 << 30}},
+		{"stream disk0", &control.StreamRequest{Disk: "disk0"}},
+		{
+			"stream disk0 --base /base --speed 1M --on-source-error stop --on-target-error report --id s",
+			&control.StreamRequest{Disk: "disk0", Base: "/base", Speed: 1 << 20, OnSourceError: "stop", OnTargetError: "report", Id: "s"},
+		},
 		{"job speed copy-1 1M", &control.JobSpeedRequest{Id: "copy-1", Speed: 1 << 20}},
 		{"job cancel copy-1", &control.JobCancelRequest{Id: "copy-1"}},
 		{"switch copy-1", &control.SwitchRequest{Target: "copy-1"}},

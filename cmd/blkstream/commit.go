@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
 
 	"github.com/spf13/cobra"
 
@@ -35,17 +34,7 @@ files. If the guest is on --top, it goes on with the base.`,
 			if err != nil {
 				return err
 			}
-			if !wait {
-				return a.say(toJSONJob(job), "job %s started; follow it with: blkstream job watch %s", job.Id, job.Id)
-			}
-			job, err = a.follow(ctx, c, job.Id, a.progress(a.err), func(*control.Job) bool { return false })
-			if a.json && job != nil {
-				return errors.Join(a.printJSON(toJSONJob(job)), err)
-			}
-			if err == nil {
-				a.printOutcome(job)
-			}
-			return err
+			return a.started(ctx, c, job, wait)
 		}),
 	}
 	f := cmd.Flags()

@@ -49,19 +49,7 @@ on with TARGET only after 'blkstream switch', or by itself with --switch auto.`,
 			if err != nil {
 				return err
 			}
-			if !wait {
-				return a.say(toJSONJob(job), "job %s started; follow it with: blkstream job watch %s", job.Id, job.Id)
-			}
-			job, err = a.follow(ctx, c, job.Id, a.progress(a.err), func(j *control.Job) bool {
-				return j.State == stateReady && j.SwitchMode != "auto"
-			})
-			if a.json && job != nil {
-				return errors.Join(a.printJSON(toJSONJob(job)), err)
-			}
-			if err == nil {
-				a.printOutcome(job)
-			}
-			return err
+			return a.started(ctx, c, job, wait)
 		}),
 	}
 	f := cmd.Flags()
@@ -82,6 +70,23 @@ on with TARGET only after 'blkstream switch', or by itself with --switch auto.`,
 	f.StringVar(&req.Id, "id", "", "`ID` of the job (default: the daemon's choice)")
 	f.BoolVar(&wait, "wait", false, "wait until the job is ready to switch, or with --switch auto, completed")
 	return cmd
+}
+
+// started says that a job was started or, with wait, follows it until it is ready to switch or over.
+func (a *app) started(ctx context.Context, c *control.Client, job *control.Job, wait bool) error {
+	if !wait {
+		return a.say(toJSONJob(job), "job %s started; follow it with: blkstream job watch %s", job.Id, job.Id)
+	}
+	job, err := a.follow(ctx, c, job.Id, a.progress(a.err), func(j *control.Job) bool {
+		return j.State == stateReady && j.SwitchMode != "auto"
+	})
+	if a.json && job != nil {
+		return errors.Join(a.printJSON(toJSONJob(job)), err)
+	}
+	if err == nil {
+		a.printOutcome(job)
+	}
+	return err
 }
 
 // printOutcome says what a job that went well came to.

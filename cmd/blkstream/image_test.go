@@ -199,7 +199,8 @@ func contains(got, want any) string {
 		if !ok {
 			return "no object"
 		}
-		delete(w, "icount") // of record and replay, which no disk needs
+		delete(w, "icount")   // of record and replay, which no disk needs
+		delete(w, "children") // QEMU's own nodes, since version 8
 		for key, v := range w {
 			if m := contains(g[key], v); m != "" {
 				return key + ": " + m

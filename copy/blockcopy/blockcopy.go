@@ -35,9 +35,9 @@ type Setup struct {
 	Target blk.Node   // at least as large; the job owns it
 	// Release closes the source after the switch, or else the target, with all that belongs to it. nil: its Close.
 	Release func(blk.Node) error
-	Blank   bool // the target reads as zeros everywhere
+	Blank   bool // the target holds nothing of its own: it reads as the base, or as zeros if there is none
 	// Base is the shared base: what lies at least this many images behind the source's first one is left out, for the
-	// target reads the same there. 0: there is none.
+	// target reads the same there, unless it holds something of its own. 0: there is none.
 	Base uint16
 	// Pack, if not nil, writes PackUnit bytes at a multiple of PackUnit compressed. The bulk stage uses it.
 	Pack     func(t *blk.Task, off int64, data []byte) error
@@ -211,18 +211,19 @@ func (c *copier) bulk(ctx context.Context) error {
 	var (
 		at, end int64 // from at to end the source is of one kind
 		k       kind
+		blank   = c.Blank && c.Base == 0
 	)
 	return c.copyAll(ctx, func(limit int64) (piece, error) {
 		for at < c.size {
 			if at >= end {
 				var err error
 				if end, k, err = c.extent(t, at); err != nil {
-					return piece{}, &sourceError{err}
+					return piece{}, err
 				}
 			}
 			from := at
 			switch {
-			case k == kindShared || k == kindHole && c.Blank:
+			case k == kindShared || k == kindHole && blank:
 				// The dirty bits stay: what is written here from now on is copied in the dirty stage.
 				at = end
 				c.progress.bulk.Add(at - from)
@@ -233,7 +234,7 @@ func (c *copier) bulk(ctx context.Context) error {
 			default:
 				at += min(end-at, limit)
 			}
-			return piece{off: from, n: at - from, bulk: true, blank: c.Blank}, nil
+			return piece{off: from, n: at - from, bulk: true, blank: blank}, nil
 		}
 		return piece{}, errDone
 	})
@@ -245,7 +246,7 @@ type kind uint8
 const (
 	kindData   kind = iota
 	kindHole        // reads as zeros
-	kindShared      // held by the shared base
+	kindShared      // held by the shared base, in both images
 )
 
 func (c *copier) kindOf(e blk.Extent) kind {
@@ -264,11 +265,17 @@ func (c *copier) kindOf(e blk.Extent) kind {
 func (c *copier) extent(t *blk.Task, at int64) (end int64, k kind, err error) {
 	e, err := c.filter.Source().Map(t, at, c.size-at)
 	if err != nil {
-		return 0, 0, err
+		return 0, 0, &sourceError{err}
+	}
+	k = c.kindOf(e)
+	if k == kindShared && !c.Blank {
+		if e.Len, k, err = c.shared(t, at, e.Len); err != nil {
+			return 0, 0, err
+		}
 	}
 	g := c.opts.Granularity
 	end = at + e.Len
-	if k := c.kindOf(e); k != kindData {
+	if k != kindData {
 		if end < c.size {
 			end &^= g - 1
 		}
@@ -278,6 +285,19 @@ func (c *copier) extent(t *blk.Task, at int64) (end int64, k kind, err error) {
 		return at + g, kindData, nil
 	}
 	return (end + g - 1) &^ (g - 1), kindData, nil
+}
+
+// shared looks whether the target shows the base too where the source does. It holds something of its own there if it
+// was used before, or if only the target's half of a mirrored write was done: that is copied over.
+func (c *copier) shared(t *blk.Task, off, l int64) (int64, kind, error) {
+	e, err := c.Target.Map(t, off, l)
+	if err != nil {
+		return 0, 0, err
+	}
+	if e.Depth == 0 {
+		return min(e.Len, l), kindData, nil
+	}
+	return min(e.Len, l), kindShared, nil
 }
 
 // converge makes the bitmap empty with mirrored writes on.

@@ -358,7 +358,7 @@ func TestDirtyPasses(t *testing.T) {
 	r.guest(write(0, fill(4096, 1)))
 	r.guest(write(180<<20, fill(4096, 2)))
 	bulk := r.trap(f, blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Off: 180 << 20, Len: 4096, Count: 1, Hold: true})
-	pass := r.trap(f, blktest.Rule{Ops: []blk.Op{blk.OpWriteZeroes}, Count: 1, Hold: true})
+	pass := r.trap(f, blktest.Rule{Ops: []blk.Op{blk.OpWriteZeroes}, Hold: true})
 	j := r.start(nil)
 	bulk.Wait(t, 1)
 	r.guest(&blk.Request{Op: blk.OpWriteZeroes, Off: 4096, Len: size - 4096, Flags: blk.Unmap})

@@ -134,8 +134,13 @@ func (c *copier) copyPiece(t *blk.Task, p piece) (err error) {
 		if err != nil {
 			return &sourceError{err}
 		}
-		n := min(e.Len, end-off)
-		switch c.kindOf(e) {
+		n, k := min(e.Len, end-off), c.kindOf(e)
+		if k == kindShared {
+			if n, k, err = c.shared(t, off, n); err != nil {
+				return err
+			}
+		}
+		switch k {
 		case kindShared:
 		case kindHole:
 			err = c.zero(t, p, off, n)

@@ -681,12 +681,12 @@ func (x *DiskResizeRequest) GetSize() int64 {
 type Job struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	Id         string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Kind       string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // copy, commit
+	Kind       string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // copy, stream, commit
 	Disk       string                 `protobuf:"bytes,3,opt,name=disk,proto3" json:"disk,omitempty"`
 	Source     string                 `protobuf:"bytes,4,opt,name=source,proto3" json:"source,omitempty"`
 	Target     string                 `protobuf:"bytes,5,opt,name=target,proto3" json:"target,omitempty"`
 	Format     string                 `protobuf:"bytes,6,opt,name=format,proto3" json:"format,omitempty"`    // the target's
-	Stage      string                 `protobuf:"bytes,7,opt,name=stage,proto3" json:"stage,omitempty"`      // bulk, dirty, mirror, switch
+	Stage      string                 `protobuf:"bytes,7,opt,name=stage,proto3" json:"stage,omitempty"`      // of a copy: bulk, dirty, mirror, switch; of a stream: stream, drop
 	State      string                 `protobuf:"bytes,8,opt,name=state,proto3" json:"state,omitempty"`      // running, ready, paused, completed, failed, cancelled
 	Error      string                 `protobuf:"bytes,9,opt,name=error,proto3" json:"error,omitempty"`      // why it paused, failed or fell back; empty if nothing went wrong
 	Message    string                 `protobuf:"bytes,10,opt,name=message,proto3" json:"message,omitempty"` // for the operator: what is going on or what to do next
@@ -1688,6 +1688,90 @@ func (*JobDismissResponse) Descriptor() ([]byte, []int) {
 	return file_control_proto_rawDescGZIP(), []int{23}
 }
 
+type StreamRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Base          string                 `protobuf:"bytes,2,opt,name=base,proto3" json:"base,omitempty"`                                          // the image that stays behind the disk's; empty: none does
+	Speed         int64                  `protobuf:"varint,3,opt,name=speed,proto3" json:"speed,omitempty"`                                       // bytes per second; 0: no limit
+	OnSourceError string                 `protobuf:"bytes,4,opt,name=on_source_error,json=onSourceError,proto3" json:"on_source_error,omitempty"` // stop, report, enospc; empty: default
+	OnTargetError string                 `protobuf:"bytes,5,opt,name=on_target_error,json=onTargetError,proto3" json:"on_target_error,omitempty"`
+	Id            string                 `protobuf:"bytes,6,opt,name=id,proto3" json:"id,omitempty"` // of the job; empty: chosen by the daemon
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StreamRequest) Reset() {
+	*x = StreamRequest{}
+	mi := &file_control_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StreamRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StreamRequest) ProtoMessage() {}
+
+func (x *StreamRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StreamRequest.ProtoReflect.Descriptor instead.
+func (*StreamRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *StreamRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *StreamRequest) GetBase() string {
+	if x != nil {
+		return x.Base
+	}
+	return ""
+}
+
+func (x *StreamRequest) GetSpeed() int64 {
+	if x != nil {
+		return x.Speed
+	}
+	return 0
+}
+
+func (x *StreamRequest) GetOnSourceError() string {
+	if x != nil {
+		return x.OnSourceError
+	}
+	return ""
+}
+
+func (x *StreamRequest) GetOnTargetError() string {
+	if x != nil {
+		return x.OnTargetError
+	}
+	return ""
+}
+
+func (x *StreamRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
 type VersionRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1696,7 +1780,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_control_proto_msgTypes[24]
+	mi := &file_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1708,7 +1792,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[24]
+	mi := &file_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1721,7 +1805,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{24}
+	return file_control_proto_rawDescGZIP(), []int{25}
 }
 
 type VersionResponse struct {
@@ -1733,7 +1817,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_control_proto_msgTypes[25]
+	mi := &file_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1745,7 +1829,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[25]
+	mi := &file_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1758,7 +1842,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{25}
+	return file_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -1780,7 +1864,7 @@ type SnapshotRequest struct {
 
 func (x *SnapshotRequest) Reset() {
 	*x = SnapshotRequest{}
-	mi := &file_control_proto_msgTypes[26]
+	mi := &file_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1792,7 +1876,7 @@ func (x *SnapshotRequest) String() string {
 func (*SnapshotRequest) ProtoMessage() {}
 
 func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[26]
+	mi := &file_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1805,7 +1889,7 @@ func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{26}
+	return file_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SnapshotRequest) GetDisks() []*SnapshotDisk {
@@ -1839,7 +1923,7 @@ type SnapshotDisk struct {
 
 func (x *SnapshotDisk) Reset() {
 	*x = SnapshotDisk{}
-	mi := &file_control_proto_msgTypes[27]
+	mi := &file_control_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1851,7 +1935,7 @@ func (x *SnapshotDisk) String() string {
 func (*SnapshotDisk) ProtoMessage() {}
 
 func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[27]
+	mi := &file_control_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1864,7 +1948,7 @@ func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotDisk.ProtoReflect.Descriptor instead.
 func (*SnapshotDisk) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{27}
+	return file_control_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SnapshotDisk) GetDisk() string {
@@ -1891,7 +1975,7 @@ type SnapshotResponse struct {
 
 func (x *SnapshotResponse) Reset() {
 	*x = SnapshotResponse{}
-	mi := &file_control_proto_msgTypes[28]
+	mi := &file_control_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1903,7 +1987,7 @@ func (x *SnapshotResponse) String() string {
 func (*SnapshotResponse) ProtoMessage() {}
 
 func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[28]
+	mi := &file_control_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1916,7 +2000,7 @@ func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{28}
+	return file_control_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *SnapshotResponse) GetPausedMs() float64 {
@@ -1945,7 +2029,7 @@ type SnapshotTaken struct {
 
 func (x *SnapshotTaken) Reset() {
 	*x = SnapshotTaken{}
-	mi := &file_control_proto_msgTypes[29]
+	mi := &file_control_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1957,7 +2041,7 @@ func (x *SnapshotTaken) String() string {
 func (*SnapshotTaken) ProtoMessage() {}
 
 func (x *SnapshotTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[29]
+	mi := &file_control_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1970,7 +2054,7 @@ func (x *SnapshotTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotTaken.ProtoReflect.Descriptor instead.
 func (*SnapshotTaken) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{29}
+	return file_control_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SnapshotTaken) GetDisk() string {
@@ -2014,7 +2098,7 @@ type CommitRequest struct {
 
 func (x *CommitRequest) Reset() {
 	*x = CommitRequest{}
-	mi := &file_control_proto_msgTypes[30]
+	mi := &file_control_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2026,7 +2110,7 @@ func (x *CommitRequest) String() string {
 func (*CommitRequest) ProtoMessage() {}
 
 func (x *CommitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[30]
+	mi := &file_control_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2039,7 +2123,7 @@ func (x *CommitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitRequest.ProtoReflect.Descriptor instead.
 func (*CommitRequest) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{30}
+	return file_control_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CommitRequest) GetDisk() string {
@@ -2225,7 +2309,14 @@ const file_control_proto_rawDesc = "" +
 	"\x05speed\x18\x02 \x01(\x03R\x05speed\"#\n" +
 	"\x11JobDismissRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x14\n" +
-	"\x12JobDismissResponse\"\x10\n" +
+	"\x12JobDismissResponse\"\xad\x01\n" +
+	"\rStreamRequest\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x12\n" +
+	"\x04base\x18\x02 \x01(\tR\x04base\x12\x14\n" +
+	"\x05speed\x18\x03 \x01(\x03R\x05speed\x12&\n" +
+	"\x0fon_source_error\x18\x04 \x01(\tR\ronSourceError\x12&\n" +
+	"\x0fon_target_error\x18\x05 \x01(\tR\ronTargetError\x12\x0e\n" +
+	"\x02id\x18\x06 \x01(\tR\x02id\"\x10\n" +
 	"\x0eVersionRequest\"+\n" +
 	"\x0fVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\"w\n" +
@@ -2249,7 +2340,7 @@ const file_control_proto_rawDesc = "" +
 	"\x03top\x18\x02 \x01(\tR\x03top\x12\x12\n" +
 	"\x04base\x18\x03 \x01(\tR\x04base\x12\x14\n" +
 	"\x05speed\x18\x04 \x01(\x03R\x05speed\x12\x0e\n" +
-	"\x02id\x18\x05 \x01(\tR\x02id2\xc2\t\n" +
+	"\x02id\x18\x05 \x01(\tR\x02id2\xfc\t\n" +
 	"\aControl\x12I\n" +
 	"\bDiskList\x12\x1d.blkstream.v1.DiskListRequest\x1a\x1e.blkstream.v1.DiskListResponse\x12=\n" +
 	"\bDiskShow\x12\x1d.blkstream.v1.DiskShowRequest\x1a\x12.blkstream.v1.Disk\x12;\n" +
@@ -2268,7 +2359,8 @@ const file_control_proto_rawDesc = "" +
 	"\tJobCancel\x12\x1e.blkstream.v1.JobCancelRequest\x1a\x11.blkstream.v1.Job\x12<\n" +
 	"\bJobSpeed\x12\x1d.blkstream.v1.JobSpeedRequest\x1a\x11.blkstream.v1.Job\x12O\n" +
 	"\n" +
-	"JobDismiss\x12\x1f.blkstream.v1.JobDismissRequest\x1a .blkstream.v1.JobDismissResponse\x12F\n" +
+	"JobDismiss\x12\x1f.blkstream.v1.JobDismissRequest\x1a .blkstream.v1.JobDismissResponse\x128\n" +
+	"\x06Stream\x12\x1b.blkstream.v1.StreamRequest\x1a\x11.blkstream.v1.Job\x12F\n" +
 	"\aVersion\x12\x1c.blkstream.v1.VersionRequest\x1a\x1d.blkstream.v1.VersionResponse\x12I\n" +
 	"\bSnapshot\x12\x1d.blkstream.v1.SnapshotRequest\x1a\x1e.blkstream.v1.SnapshotResponse\x128\n" +
 	"\x06Commit\x12\x1b.blkstream.v1.CommitRequest\x1a\x11.blkstream.v1.JobB-Z+github.com/blkstream/blkstream/copy/controlb\x06proto3"
@@ -2285,7 +2377,7 @@ func file_control_proto_rawDescGZIP() []byte {
 	return file_control_proto_rawDescData
 }
 
-var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_control_proto_goTypes = []any{
 	(*DiskStats)(nil),          // 0: blkstream.v1.DiskStats
 	(*Disk)(nil),               // 1: blkstream.v1.Disk
@@ -2311,13 +2403,14 @@ var file_control_proto_goTypes = []any{
 	(*JobSpeedRequest)(nil),    // 21: blkstream.v1.JobSpeedRequest
 	(*JobDismissRequest)(nil),  // 22: blkstream.v1.JobDismissRequest
 	(*JobDismissResponse)(nil), // 23: blkstream.v1.JobDismissResponse
-	(*VersionRequest)(nil),     // 24: blkstream.v1.VersionRequest
-	(*VersionResponse)(nil),    // 25: blkstream.v1.VersionResponse
-	(*SnapshotRequest)(nil),    // 26: blkstream.v1.SnapshotRequest
-	(*SnapshotDisk)(nil),       // 27: blkstream.v1.SnapshotDisk
-	(*SnapshotResponse)(nil),   // 28: blkstream.v1.SnapshotResponse
-	(*SnapshotTaken)(nil),      // 29: blkstream.v1.SnapshotTaken
-	(*CommitRequest)(nil),      // 30: blkstream.v1.CommitRequest
+	(*StreamRequest)(nil),      // 24: blkstream.v1.StreamRequest
+	(*VersionRequest)(nil),     // 25: blkstream.v1.VersionRequest
+	(*VersionResponse)(nil),    // 26: blkstream.v1.VersionResponse
+	(*SnapshotRequest)(nil),    // 27: blkstream.v1.SnapshotRequest
+	(*SnapshotDisk)(nil),       // 28: blkstream.v1.SnapshotDisk
+	(*SnapshotResponse)(nil),   // 29: blkstream.v1.SnapshotResponse
+	(*SnapshotTaken)(nil),      // 30: blkstream.v1.SnapshotTaken
+	(*CommitRequest)(nil),      // 31: blkstream.v1.CommitRequest
 }
 var file_control_proto_depIdxs = []int32{
 	0,  // 0: blkstream.v1.Disk.stats:type_name -> blkstream.v1.DiskStats
@@ -2325,8 +2418,8 @@ var file_control_proto_depIdxs = []int32{
 	9,  // 2: blkstream.v1.SwitchResponse.job:type_name -> blkstream.v1.Job
 	9,  // 3: blkstream.v1.JobListResponse.jobs:type_name -> blkstream.v1.Job
 	9,  // 4: blkstream.v1.JobEvent.job:type_name -> blkstream.v1.Job
-	27, // 5: blkstream.v1.SnapshotRequest.disks:type_name -> blkstream.v1.SnapshotDisk
-	29, // 6: blkstream.v1.SnapshotResponse.taken:type_name -> blkstream.v1.SnapshotTaken
+	28, // 5: blkstream.v1.SnapshotRequest.disks:type_name -> blkstream.v1.SnapshotDisk
+	30, // 6: blkstream.v1.SnapshotResponse.taken:type_name -> blkstream.v1.SnapshotTaken
 	2,  // 7: blkstream.v1.Control.DiskList:input_type -> blkstream.v1.DiskListRequest
 	4,  // 8: blkstream.v1.Control.DiskShow:input_type -> blkstream.v1.DiskShowRequest
 	5,  // 9: blkstream.v1.Control.DiskAdd:input_type -> blkstream.v1.DiskAddRequest
@@ -2342,29 +2435,31 @@ var file_control_proto_depIdxs = []int32{
 	20, // 19: blkstream.v1.Control.JobCancel:input_type -> blkstream.v1.JobCancelRequest
 	21, // 20: blkstream.v1.Control.JobSpeed:input_type -> blkstream.v1.JobSpeedRequest
 	22, // 21: blkstream.v1.Control.JobDismiss:input_type -> blkstream.v1.JobDismissRequest
-	24, // 22: blkstream.v1.Control.Version:input_type -> blkstream.v1.VersionRequest
-	26, // 23: blkstream.v1.Control.Snapshot:input_type -> blkstream.v1.SnapshotRequest
-	30, // 24: blkstream.v1.Control.Commit:input_type -> blkstream.v1.CommitRequest
-	3,  // 25: blkstream.v1.Control.DiskList:output_type -> blkstream.v1.DiskListResponse
-	1,  // 26: blkstream.v1.Control.DiskShow:output_type -> blkstream.v1.Disk
-	1,  // 27: blkstream.v1.Control.DiskAdd:output_type -> blkstream.v1.Disk
-	7,  // 28: blkstream.v1.Control.DiskRemove:output_type -> blkstream.v1.DiskRemoveResponse
-	1,  // 29: blkstream.v1.Control.DiskResize:output_type -> blkstream.v1.Disk
-	9,  // 30: blkstream.v1.Control.Copy:output_type -> blkstream.v1.Job
-	12, // 31: blkstream.v1.Control.Switch:output_type -> blkstream.v1.SwitchResponse
-	14, // 32: blkstream.v1.Control.JobList:output_type -> blkstream.v1.JobListResponse
-	9,  // 33: blkstream.v1.Control.JobShow:output_type -> blkstream.v1.Job
-	17, // 34: blkstream.v1.Control.JobWatch:output_type -> blkstream.v1.JobEvent
-	9,  // 35: blkstream.v1.Control.JobPause:output_type -> blkstream.v1.Job
-	9,  // 36: blkstream.v1.Control.JobResume:output_type -> blkstream.v1.Job
-	9,  // 37: blkstream.v1.Control.JobCancel:output_type -> blkstream.v1.Job
-	9,  // 38: blkstream.v1.Control.JobSpeed:output_type -> blkstream.v1.Job
-	23, // 39: blkstream.v1.Control.JobDismiss:output_type -> blkstream.v1.JobDismissResponse
-	25, // 40: blkstream.v1.Control.Version:output_type -> blkstream.v1.VersionResponse
-	28, // 41: blkstream.v1.Control.Snapshot:output_type -> blkstream.v1.SnapshotResponse
-	9,  // 42: blkstream.v1.Control.Commit:output_type -> blkstream.v1.Job
-	25, // [25:43] is the sub-list for method output_type
-	7,  // [7:25] is the sub-list for method input_type
+	24, // 22: blkstream.v1.Control.Stream:input_type -> blkstream.v1.StreamRequest
+	25, // 23: blkstream.v1.Control.Version:input_type -> blkstream.v1.VersionRequest
+	27, // 24: blkstream.v1.Control.Snapshot:input_type -> blkstream.v1.SnapshotRequest
+	31, // 25: blkstream.v1.Control.Commit:input_type -> blkstream.v1.CommitRequest
+	3,  // 26: blkstream.v1.Control.DiskList:output_type -> blkstream.v1.DiskListResponse
+	1,  // 27: blkstream.v1.Control.DiskShow:output_type -> blkstream.v1.Disk
+	1,  // 28: blkstream.v1.Control.DiskAdd:output_type -> blkstream.v1.Disk
+	7,  // 29: blkstream.v1.Control.DiskRemove:output_type -> blkstream.v1.DiskRemoveResponse
+	1,  // 30: blkstream.v1.Control.DiskResize:output_type -> blkstream.v1.Disk
+	9,  // 31: blkstream.v1.Control.Copy:output_type -> blkstream.v1.Job
+	12, // 32: blkstream.v1.Control.Switch:output_type -> blkstream.v1.SwitchResponse
+	14, // 33: blkstream.v1.Control.JobList:output_type -> blkstream.v1.JobListResponse
+	9,  // 34: blkstream.v1.Control.JobShow:output_type -> blkstream.v1.Job
+	17, // 35: blkstream.v1.Control.JobWatch:output_type -> blkstream.v1.JobEvent
+	9,  // 36: blkstream.v1.Control.JobPause:output_type -> blkstream.v1.Job
+	9,  // 37: blkstream.v1.Control.JobResume:output_type -> blkstream.v1.Job
+	9,  // 38: blkstream.v1.Control.JobCancel:output_type -> blkstream.v1.Job
+	9,  // 39: blkstream.v1.Control.JobSpeed:output_type -> blkstream.v1.Job
+	23, // 40: blkstream.v1.Control.JobDismiss:output_type -> blkstream.v1.JobDismissResponse
+	9,  // 41: blkstream.v1.Control.Stream:output_type -> blkstream.v1.Job
+	26, // 42: blkstream.v1.Control.Version:output_type -> blkstream.v1.VersionResponse
+	29, // 43: blkstream.v1.Control.Snapshot:output_type -> blkstream.v1.SnapshotResponse
+	9,  // 44: blkstream.v1.Control.Commit:output_type -> blkstream.v1.Job
+	26, // [26:45] is the sub-list for method output_type
+	7,  // [7:26] is the sub-list for method input_type
 	7,  // [7:7] is the sub-list for extension type_name
 	7,  // [7:7] is the sub-list for extension extendee
 	0,  // [0:7] is the sub-list for field type_name
@@ -2382,7 +2477,7 @@ func file_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_proto_rawDesc), len(file_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -26,6 +26,7 @@ type ControlService interface {
 	JobCancel(context.Context, *JobCancelRequest) (*Job, error)
 	JobSpeed(context.Context, *JobSpeedRequest) (*Job, error)
 	JobDismiss(context.Context, *JobDismissRequest) (*JobDismissResponse, error)
+	Stream(context.Context, *StreamRequest) (*Job, error)
 	Version(context.Context, *VersionRequest) (*VersionResponse, error)
 	Snapshot(context.Context, *SnapshotRequest) (*SnapshotResponse, error)
 	Commit(context.Context, *CommitRequest) (*Job, error)
@@ -145,6 +146,13 @@ func RegisterControlService(srv *ttrpc.Server, svc ControlService) {
 				}
 				return svc.JobDismiss(ctx, &req)
 			},
+			"Stream": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req StreamRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Stream(ctx, &req)
+			},
 			"Version": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req VersionRequest
 				if err := unmarshal(&req); err != nil {
@@ -199,6 +207,7 @@ type ControlClient interface {
 	JobCancel(context.Context, *JobCancelRequest) (*Job, error)
 	JobSpeed(context.Context, *JobSpeedRequest) (*Job, error)
 	JobDismiss(context.Context, *JobDismissRequest) (*JobDismissResponse, error)
+	Stream(context.Context, *StreamRequest) (*Job, error)
 	Version(context.Context, *VersionRequest) (*VersionResponse, error)
 	Snapshot(context.Context, *SnapshotRequest) (*SnapshotResponse, error)
 	Commit(context.Context, *CommitRequest) (*Job, error)
@@ -350,6 +359,14 @@ func (c *controlClient) JobSpeed(ctx context.Context, req *JobSpeedRequest) (*Jo
 func (c *controlClient) JobDismiss(ctx context.Context, req *JobDismissRequest) (*JobDismissResponse, error) {
 	var resp JobDismissResponse
 	if err := c.client.Call(ctx, "blkstream.v1.Control", "JobDismiss", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *controlClient) Stream(ctx context.Context, req *StreamRequest) (*Job, error) {
+	var resp Job
+	if err := c.client.Call(ctx, "blkstream.v1.Control", "Stream", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -22,6 +22,12 @@ const (
 	StageSwitch = "switch"
 )
 
+// Stages of streaming.
+const (
+	StageStream = "stream" // what is behind the top image is copied into it
+	StageDrop   = "drop"   // the images behind it are left
+)
+
 // States of a job.
 const (
 	StateRunning   = "running"
@@ -168,9 +174,11 @@ func (j *Job) pauseLocked(reason string) {
 	j.updateLocked(func(r *Record) {
 		r.State, r.Error = StatePaused, reason
 		r.Rate, r.ETASeconds = 0, -1
-		r.Message = fmt.Sprintf("go on with: blkstream job resume %s", r.ID)
+		r.Message = resumeHint(r.ID)
 	})
 }
+
+func resumeHint(id string) string { return "go on with: blkstream job resume " + id }
 
 // Resume goes on after a pause, by the user or by an error.
 func (j *Job) Resume() error {

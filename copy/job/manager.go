@@ -77,7 +77,7 @@ func (m *Manager) End(r Record) error {
 	return m.store.Save(jobs, r.ID, &r)
 }
 
-// Start begins a job. An empty id is chosen. run returns nil when the job is completed; when ctx ends it cleans up
+// Start begins a job; one that an earlier daemon left paused begins paused. An empty id is chosen. run returns nil when the job is completed; when ctx ends it cleans up
 // and returns the cause.
 func (m *Manager) Start(r Record, run func(ctx context.Context, j *Job) error) (*Job, error) {
 	m.mu.Lock()
@@ -98,11 +98,17 @@ func (m *Manager) Start(r Record, run func(ctx context.Context, j *Job) error) (
 			return nil, fmt.Errorf("job %s works on disk %s: %w", o.ID, r.Disk, ErrState)
 		}
 	}
-	r.State, r.StartedMS, r.ETASeconds, r.Converging = StateRunning, time.Now().UnixMilli(), -1, true
+	if r.State == StatePaused {
+		r.Message = resumeHint(r.ID)
+	} else {
+		r.State = StateRunning
+	}
+	r.StartedMS, r.ETASeconds, r.Converging = time.Now().UnixMilli(), -1, true
 	if err := m.store.Save(jobs, r.ID, &r); err != nil {
 		return nil, err
 	}
 	j := m.newJob(r)
+	j.before = StateRunning
 	ctx, cancel := context.WithCancelCause(context.Background())
 	j.cancel = cancel
 	m.jobs = append(m.jobs, j)

@@ -47,6 +47,7 @@ func (r *raw) get(off int64) int64      { return int64(binary.BigEndian.Uint64(r
 func (r *raw) put(off int64, v int64)   { binary.BigEndian.PutUint64(r.b[off:], uint64(v)) }
 func (r *raw) flip(off int64, bit uint) { r.put(off, r.get(off)^1<<bit) }
 func (r *raw) l1() (off, entries int64) { return r.get(40), int64(binary.BigEndian.Uint32(r.b[36:])) }
+
 func (r *raw) refTable() (off, n int64) {
 	return r.get(48), int64(binary.BigEndian.Uint32(r.b[56:])) << r.clusterBits / 8
 }

@@ -32,8 +32,12 @@ func (v variant) name() string {
 		on   bool
 		name string
 	}{
-		{v.lazy, "lazy"}, {v.extended, "extended"}, {v.compression == "zstd", "zstd"},
-		{v.prealloc != "off", v.prealloc}, {v.data != "", "data-" + v.data}, {v.backing != "", "backing-" + v.backing},
+		{v.lazy, "lazy"},
+		{v.extended, "extended"},
+		{v.compression == "zstd", "zstd"},
+		{v.prealloc != "off", v.prealloc},
+		{v.data != "", "data-" + v.data},
+		{v.backing != "", "backing-" + v.backing},
 	} {
 		if x.on {
 			s += "," + x.name
@@ -126,8 +130,15 @@ func whole() []variant {
 				for _, flags := range []int{0, 1, 2, 3} {
 					for _, compression := range []string{"zlib", "zstd"} {
 						for _, more := range [][3]string{
-							{"off", "", ""}, {"off", "", "short"}, {"off", "", "long"}, {"metadata", "", ""}, {"falloc", "", ""},
-							{"full", "", ""}, {"off", "cooked", ""}, {"off", "raw", ""}, {"metadata", "cooked", ""},
+							{"off", "", ""},
+							{"off", "", "short"},
+							{"off", "", "long"},
+							{"metadata", "", ""},
+							{"falloc", "", ""},
+							{"full", "", ""},
+							{"off", "cooked", ""},
+							{"off", "raw", ""},
+							{"metadata", "cooked", ""},
 						} {
 							v := variant{
 								version: version, cluster: cluster, refcounts: refcounts, lazy: flags&1 != 0, extended: flags&2 != 0,

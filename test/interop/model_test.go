@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"slices"
 	"testing"
 
 	"github.com/blkstream/blkstream/blk"
@@ -54,12 +53,6 @@ func newModel(t *testing.T, rng *rand.Rand, size, cluster int64) *model {
 		t.Fatal(err)
 	}
 	return m
-}
-
-func (m *model) copy() *model {
-	c := *m
-	c.data, c.loose = slices.Clone(m.data), slices.Clone(m.loose)
-	return &c
 }
 
 // random makes up an operation. Most begin or end near the edge of a cluster, and some places are visited often.
@@ -110,6 +103,7 @@ func (m *model) apply(o op) {
 		copy(part, m.bytes(o))
 	case zero, zeroUnmap:
 		clear(part)
+	default: // a discard may keep what was there
 	}
 	for s := o.off / blk.SectorSize; s < (o.off+o.n)/blk.SectorSize; s++ {
 		m.loose[s] = o.kind == discard
@@ -127,8 +121,9 @@ func (m *model) command(o op) string {
 		return fmt.Sprintf("write -q -z -u %d %d", o.off, o.n)
 	case discard:
 		return fmt.Sprintf("discard -q %d %d", o.off, o.n)
+	default:
+		return m.fillCommand("write", o)
 	}
-	return m.fillCommand("write", o)
 }
 
 func (m *model) fillCommand(what string, o op) string {

@@ -8,6 +8,7 @@
 package vblk
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -75,12 +76,15 @@ type Options struct {
 	ReadOnly     bool
 	Discard      bool
 	WriteThrough bool          // no write cache: each write is durable when it is acknowledged
+	CacheOff     bool          // the driver has switched the write cache off, with an earlier device
 	PollMax      time.Duration // longest busy wait of a queue; 0: none
 	NoURing      bool
 	// Use, if not nil, is told before the first queue of a driver starts (true; an error keeps it from starting) and
 	// after the last one has ended (false).
 	Use func(bool) error
-	Log *slog.Logger
+	// Cache, if not nil, keeps for CacheOff of the next device whether the driver wants a write cache.
+	Cache func(on bool) error
+	Log   *slog.Logger
 }
 
 // Device is one virtio-blk device. It implements vhostuser.Device.
@@ -107,7 +111,7 @@ func New(g *blk.Graph, size int64, o Options) *Device {
 		d.opts.Log = slog.Default()
 	}
 	d.size.Store(size)
-	d.Reset()
+	d.writeback.Store(!o.WriteThrough && !o.ReadOnly && !o.CacheOff)
 	return d
 }
 
@@ -173,8 +177,24 @@ func (d *Device) SetConfig(off uint32, b []byte) error {
 	if off != cfgWriteback || len(b) != 1 || b[0] > 1 || d.opts.WriteThrough || d.opts.ReadOnly {
 		return errConfig
 	}
-	d.writeback.Store(b[0] == 1)
-	return nil
+	on := b[0] == 1
+	if d.opts.Cache != nil {
+		if err := d.opts.Cache(on); err != nil {
+			return fmt.Errorf("keep the write cache's state: %w", err)
+		}
+	}
+	if on || !d.writeback.Load() {
+		d.writeback.Store(on)
+		return nil
+	}
+	// The driver never flushes from now on: what it was told before must become durable too, and nothing be in flight
+	// that began with the cache.
+	ctx, cancel := context.WithTimeout(context.Background(), drainFor)
+	defer cancel()
+	return d.graph.Change(ctx, func(tx *blk.Tx) error {
+		d.writeback.Store(false)
+		return blk.Do(blk.NewTask(), tx.Root(), &blk.Request{Op: blk.OpFlush})
+	})
 }
 
 // writeThrough reports whether a write must be durable before it is acknowledged: the driver switched the cache
@@ -183,11 +203,9 @@ func (d *Device) writeThrough() bool {
 	return !d.writeback.Load() || !d.negotiated(featFlush)
 }
 
-// Reset implements vhostuser.Device.
-func (d *Device) Reset() {
-	d.acked.Store(0)
-	d.writeback.Store(!d.opts.WriteThrough && !d.opts.ReadOnly)
-}
+// Reset implements vhostuser.Device. The write cache stays as the driver chose: front-ends answer the next driver, who
+// asks for it, with what the last one wrote, and do not write it again.
+func (d *Device) Reset() { d.acked.Store(0) }
 
 // Start implements vhostuser.Device.
 func (d *Device) Start(r vhostuser.Ring) (vhostuser.Queue, error) {

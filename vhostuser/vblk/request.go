@@ -240,7 +240,7 @@ func (r *request) parseRanges(out blk.Vec, op blk.Op) error {
 func (r *request) run() {
 	root := r.q.dev.graph.Root()
 	switch {
-	case r.reply != nil && len(r.reply) > 0:
+	case len(r.reply) > 0:
 		var id [idBytes]byte
 		copy(id[:], r.q.dev.opts.Serial)
 		r.reply.CopyFrom(id[:])

@@ -96,6 +96,9 @@ func TestFUA(t *testing.T) {
 				if err := d.SetWriteCache(false); err != nil {
 					t.Fatal(err)
 				}
+				if n := len(n.take(blk.OpFlush)); n != 1 {
+					t.Errorf("%d flushes when the cache was switched off, after which the driver has no reason to flush", n)
+				}
 			}
 			one(c.want)
 			if c.off {
@@ -110,9 +113,10 @@ func TestFUA(t *testing.T) {
 				}
 				one(c.want)
 			}
-			// A reset forgets what the driver chose, but not what the user did.
+			// A reset forgets neither what the driver chose, which the front-end shows the next one, nor what the user did.
+			before := s.dev.writeback.Load()
 			s.dev.Reset()
-			if got := s.dev.writeback.Load(); got == c.opts.WriteThrough {
+			if got := s.dev.writeback.Load(); got != before || got && c.opts.WriteThrough {
 				t.Errorf("write-back %v after a reset", got)
 			}
 		})
@@ -736,21 +740,27 @@ func TestDoAtTheEnd(t *testing.T) {
 	}
 }
 
-// A ring without a kick descriptor is polled.
+// A ring without a kick descriptor is polled, and its I/O submitted, though the loop never sleeps.
 func TestNoKick(t *testing.T) {
-	g := newRig(t)
-	d := New(blk.NewGraph(blktest.NewMemory(1<<20)), 1<<20, defaults(Options{}))
-	vq, err := d.Start(g.r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range 20 {
-		time.Sleep(time.Millisecond) // long enough to fall asleep
-		g.flush(t, i)
-		g.wait(t)
-	}
-	if _, err := vq.Stop(); err != nil {
-		t.Error(err)
+	for name, root := range map[string]blk.Node{
+		"memory": blktest.NewMemory(1 << 20), "file": image(t, t.TempDir(), 1<<20, file.Options{}),
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newRig(t)
+			d := New(blk.NewGraph(root), 1<<20, defaults(Options{}))
+			vq, err := d.Start(g.r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := range 20 {
+				time.Sleep(time.Millisecond) // long enough to fall asleep
+				g.flush(t, i)
+				g.wait(t)
+			}
+			if _, err := vq.Stop(); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 

@@ -30,6 +30,8 @@ type Disk struct {
 	Queues   int    // default 1
 	ReadOnly bool
 	Lock     string // default "always"
+
+	CopyOnRead bool
 }
 
 // Daemon is one blkstreamd with a folder of its own: configuration, sockets,
@@ -68,8 +70,8 @@ func New(bin string, disks ...Disk) (*Daemon, error) {
 	var b strings.Builder
 	fmt.Fprintf(&b, "[daemon]\ncontrol = %q\nstate_dir = %q\n", d.path("control"), d.path("state"))
 	for _, k := range disks {
-		fmt.Fprintf(&b, "\n[[disk]]\nid = %q\nsocket = %q\nimage = %q\nformat = %q\nread_only = %v\nqueues = %d\nlock = %q\n",
-			k.ID, d.Socket(k.ID), k.Image, cmp.Or(k.Format, "raw"), k.ReadOnly, max(1, k.Queues), cmp.Or(k.Lock, "always"))
+		fmt.Fprintf(&b, "\n[[disk]]\nid = %q\nsocket = %q\nimage = %q\nformat = %q\nread_only = %v\nqueues = %d\nlock = %q\ncopy_on_read = %v\n",
+			k.ID, d.Socket(k.ID), k.Image, cmp.Or(k.Format, "raw"), k.ReadOnly, max(1, k.Queues), cmp.Or(k.Lock, "always"), k.CopyOnRead)
 	}
 	return d, errors.Join(
 		os.Mkdir(d.path("state"), 0o700),

@@ -218,7 +218,7 @@ func (w *merge) runActive(ctx context.Context, base int) error {
 	r := w.j.Record()
 	hint := w.k.commitHint(r)
 	err := blockcopy.Run(ctx, w.j, blockcopy.Setup{
-		Graph: w.k.graph, Target: w.m.Base(), Base: uint16(base), Hint: committed(w.merged, r.Target, hint),
+		Graph: w.k.graph, Target: w.m.Base(), Blank: true, Base: uint16(base), Hint: committed(w.merged, r.Target, hint),
 		Commit: func() error { return w.k.moveTo(r.Target, r.Format) },
 		Release: func(n blk.Node) error {
 			if n == w.m.Base() {
@@ -258,13 +258,9 @@ func (d *Daemon) resumeCommit(k *disk, r job.Record) error {
 	if top < 0 || base <= top {
 		return errors.New("the disk's chain is another one")
 	}
-	paused := r.State == job.StatePaused
 	r.Stage, r.Error, r.TargetConsistent = "", "", false
 	r.Message = "started again from the beginning after a restart of the daemon"
 	r.BytesDone, r.BytesTotal = 0, 0
-	j, err := d.startCommit(k, r, top, base)
-	if err == nil && paused {
-		err = j.Pause()
-	}
+	_, err := d.startCommit(k, r, top, base)
 	return err
 }

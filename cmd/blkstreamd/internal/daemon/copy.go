@@ -20,7 +20,12 @@ import (
 	"github.com/blkstream/blkstream/copy/job"
 )
 
-const kindCopy = "copy"
+const (
+	kindCopy = "copy"
+
+	methodMirror = "mirror"
+	methodStream = "stream"
+)
 
 // copyRecord checks what the user asks for and fills in the defaults.
 func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error) {
@@ -42,8 +47,12 @@ func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error)
 			*s = v
 		}
 	}
+	def(&r.Method, methodMirror)
+	if r.Method == methodStream {
+		def(&r.Format, image.Qcow2)
+		r.SwitchMode = "auto" // at once, and nothing is left for a command
+	}
 	def(&r.Format, now.Format)
-	def(&r.Method, "mirror")
 	def(&r.SwitchMode, "manual")
 	def(&r.OnSourceError, job.OnErrorReport)
 	def(&r.OnTargetError, job.OnErrorEnospc)
@@ -53,11 +62,19 @@ func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error)
 	if req.Id != "" && !job.ValidID(req.Id) {
 		return fail("job id %q: use letters, digits, \"_\", \".\" and \"-\", at most 64", req.Id)
 	}
-	if r.Method != "mirror" {
-		return nil, job.Record{}, control.Errorf(control.ErrUnsupported, "only --method mirror is supported yet")
+	if r.Method != methodMirror && r.Method != methodStream {
+		return fail("method %q: it is mirror or stream", r.Method)
+	}
+	if r.Method == methodStream {
+		if err := checkMethodStream(k, req, r); err != nil {
+			return nil, r, err
+		}
 	}
 	if r.Format != image.Raw && r.Format != image.Qcow2 {
 		return nil, job.Record{}, control.Errorf(control.ErrUnsupported, "format %q is not supported yet; raw and qcow2 are", r.Format)
+	}
+	if k.spec.Lock == lockRunning && r.Format != image.Raw {
+		return nil, r, control.Errorf(control.ErrPrecondition, "disk %q has lock = %q, which is for raw images", req.Disk, lockRunning)
 	}
 	if req.Existing && (req.ClusterSize != 0 || req.LazyRefcounts || req.Compression != "" || req.Preallocation != "") {
 		return fail("the properties of an existing target cannot be chosen")
@@ -126,6 +143,9 @@ func (d *Daemon) copy(req *control.CopyRequest) (*job.Job, error) {
 		return nil, control.Errorf(control.ErrPrecondition, "job %s works on disk %q already: wait for its end or cancel it",
 			j.Record().ID, k.spec.ID)
 	}
+	if r.Method == methodStream {
+		return d.copyByStream(k, r)
+	}
 	if !r.Existing {
 		if err := d.createTarget(k, req, r); err != nil {
 			return nil, err
@@ -190,7 +210,7 @@ func (d *Daemon) startCopy(k *disk, r job.Record, blank, pack bool) (*job.Job, e
 	s := blockcopy.Setup{
 		Graph:  k.graph,
 		Target: target.Root,
-		Blank:  blank && r.Base == "",
+		Blank:  blank,
 		Commit: func() error { return k.moveTo(r.Target, r.Format) },
 		Hint:   k.hint(r.Target, r.Format),
 	}
@@ -220,7 +240,7 @@ func (d *Daemon) startCopy(k *disk, r job.Record, blank, pack bool) (*job.Job, e
 	size := source.Root.Info().Size
 	j, err := d.jobs.Start(r, func(ctx context.Context, j *job.Job) error {
 		defer k.hold(false) //nolint:errcheck // what is locked too long harms nobody
-		err := blockcopy.Run(ctx, j, s)
+		err := k.pauseCopyOnRead(ctx, func() error { return blockcopy.Run(ctx, j, s) })
 		if now := target.Root.Info().Size; err == nil && now != size {
 			k.dev.SetSize(now)
 			k.server.ConfigChanged()
@@ -239,6 +259,9 @@ func (d *Daemon) startCopy(k *disk, r job.Record, blank, pack bool) (*job.Job, e
 func checkTarget(k *disk, source, target *image.Image, r job.Record, s *blockcopy.Setup) error {
 	if have, need := target.Root.Info().Size, source.Root.Info().Size; have < need {
 		return control.Errorf(control.ErrInvalid, "%s has %d bytes, disk %q has %d: make the target larger", r.Target, have, k.spec.ID, need)
+	}
+	if have := target.Root.Info().Size; have%int64(k.spec.BlockSize) != 0 {
+		return control.Errorf(control.ErrInvalid, "%s has %d bytes, which is not a multiple of the disk's block_size %d", r.Target, have, k.spec.BlockSize)
 	}
 	for _, m := range target.Chain {
 		if sameFile(m.Path, source.Chain[0].Path) {
@@ -299,6 +322,9 @@ func (d *Daemon) resumeJobs(open []job.Record) {
 		}
 		r.State, r.Error, r.TargetConsistent = job.StateFailed, fmt.Sprintf("the daemon was restarted, and the job cannot go on: %v", err), false
 		r.Message = fmt.Sprintf("%s is incomplete; the guest stays on %s", r.Target, r.Source)
+		if streams(r) {
+			r.Message = d.notStreamed(r)
+		}
 		if r.Kind == kindCommit {
 			r.Message = "nothing is merged; the chain is as it was"
 		}
@@ -314,6 +340,9 @@ func (d *Daemon) resumeJob(r job.Record) error {
 	if err != nil {
 		return err
 	}
+	if streams(r) {
+		return d.resumeStream(k, r)
+	}
 	if r.Kind == kindCommit {
 		return d.resumeCommit(k, r)
 	}
@@ -324,13 +353,9 @@ func (d *Daemon) resumeJob(r job.Record) error {
 	if err := config.CheckRoots(r.Target, d.file.Daemon.ImageRoots); err != nil {
 		return err
 	}
-	paused := r.State == job.StatePaused
 	r.Source, r.TargetConsistent, r.Stage, r.Error = k.record().Image, false, "", ""
 	r.Message = "started again from the beginning after a restart of the daemon"
 	r.BytesDone, r.BytesTotal, r.VerifiedBytes = 0, 0, 0
-	j, err := d.startCopy(k, r, false, false)
-	if err == nil && paused {
-		err = j.Pause()
-	}
+	_, err = d.startCopy(k, r, false, false)
 	return err
 }

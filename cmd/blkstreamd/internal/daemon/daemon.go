@@ -18,6 +18,8 @@ import (
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
 
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/config"
 	"github.com/blkstream/blkstream/copy/control"
 	"github.com/blkstream/blkstream/copy/job"
@@ -48,18 +50,27 @@ type Daemon struct {
 	disks   map[string]*disk
 }
 
-// Check opens nothing for writing: it says whether the images that the configuration names are there.
+// Check says whether the images that the configuration names can be served, with all that is behind them. It opens
+// nothing for writing and takes no locks that would be in the way of a running daemon.
 func Check(file *config.File) error {
 	var errs []error
 	for i := range file.Disks {
-		d := &file.Disks[i]
-		if _, err := os.Stat(d.Image); err != nil {
-			errs = append(errs, fmt.Errorf("%s:%d: disk %q: image: %w", file.Path, file.ImageLine(d.ID), d.ID, err))
-		} else if err := config.CheckRoots(d.Image, file.Daemon.ImageRoots); err != nil {
-			errs = append(errs, fmt.Errorf("%s:%d: disk %q: image: %w", file.Path, file.ImageLine(d.ID), d.ID, err))
+		if err := checkDisk(file, &file.Disks[i]); err != nil {
+			errs = append(errs, fmt.Errorf("%s:%d: disk %q: image: %w", file.Path, file.ImageLine(file.Disks[i].ID), file.Disks[i].ID, err))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func checkDisk(file *config.File, d *config.Disk) error {
+	img, err := image.Open(blk.NewTask(), d.Image, d.Format, image.Options{
+		ReadOnly: true, Unlocked: true, Backing: layers(d.Backing),
+		Check: func(path string) error { return config.CheckRoots(path, file.Daemon.ImageRoots) },
+	})
+	if err != nil {
+		return err
+	}
+	return img.Close()
 }
 
 // Start opens all images, listens on all sockets, and goes on with the jobs of an earlier daemon. A file without a

@@ -38,6 +38,9 @@ type record struct {
 	// Backing names the images behind Image in place of what the images say. It comes from the configuration, which said
 	// so of an image that is behind this one since a snapshot.
 	Backing []config.Layer `json:"backing,omitempty"`
+	// CacheOff: the guest has switched the write cache off. It does not flush then, and its front-end does not tell a
+	// daemon that comes back.
+	CacheOff bool `json:"cache_off,omitempty"`
 	// Added is the whole specification of a disk that was added at run time.
 	Added *config.Disk `json:"added,omitempty"`
 }
@@ -56,6 +59,8 @@ type disk struct {
 
 	holdMu sync.Mutex // held over locking and unlocking the image
 	holds  int        // who needs the image's locks: the guest's queues, a job, a resize
+
+	notCopied *copyErrors // of copy on read
 
 	mu  sync.Mutex
 	rec record
@@ -86,7 +91,7 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 		return fmt.Errorf("%s:%d: disk %q was moved to %s, which is %s, but the configuration says %s: write format = %q",
 			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, r.Format, spec.Format, r.Format)
 	default:
-		r = record{Image: spec.Image, Format: spec.Format}
+		r = record{Image: spec.Image, Format: spec.Format, CacheOff: r.CacheOff}
 		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
 			return err
 		}
@@ -166,10 +171,7 @@ func (k *disk) hold(on bool) error {
 // it; unlocked: without the locks that keep writers out.
 func (d *Daemon) openImage(path, format string, spec *config.Disk, g *blk.Graph, backing []config.Layer, unlocked bool) (*image.Image, error) {
 	o := d.imageOptions(spec, g)
-	o.Unlocked = unlocked
-	for _, l := range backing {
-		o.Backing = append(o.Backing, image.Layer{Path: l.Image, Format: l.Format})
-	}
+	o.Unlocked, o.Backing = unlocked, layers(backing)
 	img, err := image.Open(blk.NewTask(), path, format, o)
 	if err != nil {
 		return nil, imageError(err)
@@ -188,6 +190,7 @@ func (d *Daemon) imageOptions(spec *config.Disk, g *blk.Graph) image.Options {
 		Check:    d.checkRoots,
 		Cache:    qcow2.NewCache(spec.MetadataCache),
 		Barrier:  g.Barrier,
+		Warn:     func(w string) { d.opts.Log.Warn(w) },
 	}
 }
 
@@ -212,6 +215,13 @@ func (d *Daemon) warn(img *image.Image) {
 	}
 }
 
+func layers(backing []config.Layer) (all []image.Layer) {
+	for _, l := range backing {
+		all = append(all, image.Layer{Path: l.Image, Format: l.Format})
+	}
+	return all
+}
+
 func (d *Daemon) checkRoots(path string) error {
 	if err := config.CheckRoots(path, d.file.Daemon.ImageRoots); err != nil {
 		return control.Errorf(control.ErrInvalid, "%w", err)
@@ -221,13 +231,14 @@ func (d *Daemon) checkRoots(path string) error {
 
 // startDisk opens the image and serves the socket.
 func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
-	k := &disk{d: d, spec: spec, rec: r, graph: blk.NewGraph(nil), served: make(chan struct{})}
+	k := &disk{d: d, spec: spec, rec: r, graph: blk.NewGraph(nil), served: make(chan struct{}), notCopied: newCopyErrors()}
 	backing := k.backing()
-	img, err := d.openImage(r.Image, r.Format, &spec, k.graph, backing, spec.Lock == lockRunning)
+	unlocked := spec.Lock == lockRunning && r.Format == image.Raw // hold locks no other
+	img, err := d.openImage(r.Image, r.Format, &spec, k.graph, backing, unlocked)
 	// A daemon that was killed keeps its locks until the kernel has finished its I/O.
 	for deadline := time.Now().Add(lockPatience); errors.Is(err, file.ErrInUse) && time.Now().Before(deadline); {
 		time.Sleep(20 * time.Millisecond)
-		img, err = d.openImage(r.Image, r.Format, &spec, k.graph, backing, spec.Lock == lockRunning)
+		img, err = d.openImage(r.Image, r.Format, &spec, k.graph, backing, unlocked)
 	}
 	if err != nil {
 		return nil, err
@@ -238,13 +249,13 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 			r.Image, size, spec.BlockSize), img.Close())
 	}
 	k.img = img
-	if err := k.graph.Change(context.Background(), func(tx *blk.Tx) error { tx.SetRoot(img.Root); return nil }); err != nil {
+	if err := k.graph.Change(context.Background(), func(tx *blk.Tx) error { tx.SetRoot(k.over(img)); return nil }); err != nil {
 		return nil, errors.Join(err, img.Close())
 	}
 	k.dev = vblk.New(k.graph, size, vblk.Options{
 		ID: spec.ID, Serial: spec.Serial, Queues: spec.Queues, Depth: spec.QueueSize, BlockSize: spec.BlockSize,
-		ReadOnly: spec.ReadOnly, Discard: spec.Discard, WriteThrough: spec.Cache == "writethrough",
-		Use: k.hold, PollMax: time.Duration(spec.PollUS) * time.Microsecond, NoURing: os.Getenv("BLKSTREAM_NO_URING") != "", Log: d.opts.Log,
+		ReadOnly: spec.ReadOnly, Discard: spec.Discard, WriteThrough: spec.Cache == "writethrough", CacheOff: r.CacheOff,
+		Use: k.hold, Cache: k.keepCache, PollMax: time.Duration(spec.PollUS) * time.Microsecond, NoURing: os.Getenv("BLKSTREAM_NO_URING") != "", Log: d.opts.Log,
 	})
 	k.server = vhostuser.NewServer(k.dev, vhostuser.Options{Logger: d.opts.Log.With("disk", spec.ID)})
 	if err := k.serve(); err != nil {
@@ -329,7 +340,7 @@ func (k *disk) stop() error {
 	if !root.Info().ReadOnly {
 		err = errors.Join(err, blk.Do(blk.NewTask(), root, &blk.Request{Op: blk.OpFlush}))
 	}
-	if root != k.image().Root {
+	if withoutCopyOnRead(root) != k.image().Root {
 		return errors.Join(err, fmt.Errorf("disk %q: a job's filter could not be removed, its images stay open", k.spec.ID))
 	}
 	return errors.Join(err, k.image().Close())
@@ -376,21 +387,43 @@ func (k *disk) moveTo(image, format string) error {
 	return nil
 }
 
-// warning says what the operator should change, after a switch.
+// keepCache records whether the guest wants a write cache.
+func (k *disk) keepCache(on bool) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.d.store == nil || k.rec.CacheOff == !on {
+		return nil
+	}
+	r := k.rec
+	r.CacheOff = !on
+	if err := k.d.store.Save(recordKind, k.spec.ID, &r); err != nil {
+		return err
+	}
+	k.rec = r
+	return nil
+}
+
+// warning says what the operator should know or do: what to change after a switch, and what is wrong with the image.
 func (k *disk) warning() string {
-	r := k.record()
-	if r.Added != nil || r.Image == k.spec.Image {
-		return ""
-	}
-	w := k.hint(r.Image, r.Format)
-	if len(r.Backing) > 0 {
-		var l []string
-		for _, b := range r.Backing {
-			l = append(l, fmt.Sprintf("{ image = %q, format = %q }", b.Image, b.Format))
+	var all []string
+	if r := k.record(); r.Added == nil && r.Image != k.spec.Image {
+		w := k.hint(r.Image, r.Format)
+		if len(r.Backing) > 0 {
+			var l []string
+			for _, b := range r.Backing {
+				l = append(l, fmt.Sprintf("{ image = %q, format = %q }", b.Image, b.Format))
+			}
+			w += fmt.Sprintf(" and backing = [%s]", strings.Join(l, ", "))
 		}
-		w += fmt.Sprintf(" and backing = [%s]", strings.Join(l, ", "))
+		all = append(all, w)
 	}
-	return w
+	if w := k.notCopied.warning(); w != "" {
+		all = append(all, w)
+	}
+	if n, ok := k.image().Root.(*qcow2.Node); ok {
+		all = append(all, n.Warnings()...)
+	}
+	return strings.Join(all, "; ")
 }
 
 func (k *disk) hint(image, format string) string {
@@ -412,6 +445,9 @@ func (k *disk) resize(ctx context.Context, size int64) error {
 	}
 	if k.spec.ReadOnly {
 		return control.Errorf(control.ErrPrecondition, "disk %q is read-only", k.spec.ID)
+	}
+	if j := k.d.jobs.OnDisk(k.spec.ID); j != nil {
+		return control.Errorf(control.ErrPrecondition, "job %s works on disk %q: wait for its end or cancel it", j.Record().ID, k.spec.ID)
 	}
 	if err := k.hold(true); err != nil {
 		return err

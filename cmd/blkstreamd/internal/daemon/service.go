@@ -139,6 +139,7 @@ func (s *service) DiskAdd(_ context.Context, r *control.DiskAddRequest) (*contro
 	if err != nil {
 		return nil, err
 	}
+	rec = k.record() // a guest may have changed it already
 	if err := s.d.store.Save(recordKind, spec.ID, &rec); err != nil {
 		return nil, errors.Join(err, k.stop())
 	}

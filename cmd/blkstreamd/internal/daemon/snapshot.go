@@ -66,29 +66,40 @@ func (d *Daemon) snapshot(ctx context.Context, req *control.SnapshotRequest) (*c
 	if err != nil {
 		return nil, err
 	}
-	// What an earlier one left over must not be mixed up with this one.
-	if err := d.finishSnapshots(); err != nil {
-		return nil, err
-	}
-	paused, err := d.takeSnapshot(ctx, covers, req.Existing)
+	paused, err := d.cover(ctx, covers, req.Existing)
 	if err != nil {
-		return nil, errors.Join(err, undo(covers, !errors.Is(err, errUnsure)))
+		return nil, err
 	}
 	res := &control.SnapshotResponse{PausedMs: float64(paused.Microseconds()) / 1000}
 	for _, c := range covers {
-		if err := c.overlay.Retire(); err != nil {
-			d.opts.Log.Error("the image behind the overlay was not closed in order", "disk", c.k.spec.ID, "image", c.from.Image, "err", err)
-		}
-		d.warn(c.now)
 		d.opts.Log.Info("snapshot taken", "disk", c.k.spec.ID, "overlay", c.path, "backing", c.from.Image)
 		res.Taken = append(res.Taken, &control.SnapshotTaken{
 			Disk: c.k.spec.ID, Overlay: c.path, Backing: c.from.Image, Message: c.k.warning(),
 		})
 	}
+	return res, nil
+}
+
+// cover puts the overlays over their disks' images, all or none, and says how long the guests were held up.
+func (d *Daemon) cover(ctx context.Context, covers []*cover, existing bool) (time.Duration, error) {
+	// What an earlier one left over must not be mixed up with this one.
+	if err := d.finishSnapshots(); err != nil {
+		return 0, err
+	}
+	paused, err := d.takeSnapshot(ctx, covers, existing)
+	if err != nil {
+		return 0, errors.Join(err, undo(covers, !errors.Is(err, errUnsure)))
+	}
+	for _, c := range covers {
+		if err := c.overlay.Retire(); err != nil {
+			d.opts.Log.Error("the image behind the overlay was not closed in order", "disk", c.k.spec.ID, "image", c.from.Image, "err", err)
+		}
+		d.warn(c.now)
+	}
 	if err := d.finishSnapshots(); err != nil {
 		d.opts.Log.Error("the disks' records could not be written; the next snapshot or restart does it again", "err", err)
 	}
-	return res, nil
+	return paused, nil
 }
 
 // snapshotCovers checks what the user asks for. The disks come in the order of their ids, which is the order in which
@@ -180,8 +191,9 @@ func (d *Daemon) takeSnapshot(ctx context.Context, covers []*cover, existing boo
 			return err
 		}
 		for i, c := range covers {
-			txs[i].SetRoot(c.now.Root)
+			txs[i].SetRoot(c.k.over(c.now))
 			c.k.mu.Lock()
+			c.to.CacheOff = c.k.rec.CacheOff
 			c.k.rec, c.k.img = c.to, c.now
 			c.k.mu.Unlock()
 		}
@@ -276,6 +288,7 @@ func (d *Daemon) finishSnapshots() error {
 			}
 			// Else the disk's own record is newer: this was done before, or the disk has moved on or is gone.
 			if found && r.Image == m.From.Image && slices.Equal(r.Moved, m.From.Moved) {
+				m.To.CacheOff = r.CacheOff // the guest may have said so meanwhile
 				if err := d.store.Save(recordKind, m.Disk, &m.To); err != nil {
 					return fmt.Errorf("snapshot of disk %q: %w", m.Disk, err)
 				}

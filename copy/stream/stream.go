@@ -1,0 +1,346 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package stream makes a running disk's top image independent of the images behind it, or of those in front of a base
+// that stays.
+//
+// The stages, in order:
+//
+//	stream  copy on read is put over the top image, and all clusters are copied that it does not hold and the images
+//	        in front of the base do, in passes until one finds nothing; what the guest reads meanwhile is copied, too
+//	drop    with the guest paused and everything durable, the header is changed to name the base or nothing, durably;
+//	        the images that are not in the chain any more are closed
+//
+// A crash at any point leaves the old chain or the new one, and both read the same. Nothing is kept apart from what the
+// top image holds: a job that is started again skips that.
+package stream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/cor"
+	"github.com/blkstream/blkstream/copy/job"
+)
+
+// Setup is what a job works on.
+type Setup struct {
+	Graph   *blk.Graph // its root is the top image or a *cor.Node over it
+	Cluster int64      // of the top image, bytes
+	// Base is the first image that stays behind the top one, counted from that. 0: none stays.
+	Base uint16
+	// Drop takes the images in front of the base out of the chain, durably. The guest is paused meanwhile. After an
+	// error the chain is as it was.
+	Drop func(t *blk.Task) error
+	// Close closes what Drop took out, with the guest running again.
+	Close func() error
+	// Keep: a copy on read that was there before the job stays after Drop.
+	Keep bool
+	// Failed is told what could not be copied for the guest's reads.
+	Failed func(error)
+}
+
+const (
+	pauseWait = 10 * time.Second // for requests in flight
+	maxRange  = 64 << 20         // bytes of zeros that are stored at a time
+
+	shortFlush = 5 * time.Millisecond // of the top: one that may hold the guest
+	maxFlushes = 8                    // while waiting for a short one
+)
+
+// streamer is one run.
+type streamer struct {
+	Setup
+	job    *job.Job
+	opts   job.Options
+	pacer  *job.Pacer
+	filter *cor.Node
+	own    bool // the filter is the job's
+	size   int64
+
+	again bool         // not the first pass: what is skipped has been counted
+	done  atomic.Int64 // bytes copied or skipped
+}
+
+// Run streams until the end, an error or the end of ctx. If it returns nil the top image is on its own, or on the base;
+// otherwise the chain is as it was.
+func Run(ctx context.Context, j *job.Job, s Setup) error {
+	m := &streamer{Setup: s, job: j, opts: j.Record().Options, pacer: job.NewPacer(s.Graph)}
+	if err := m.insert(ctx); err != nil {
+		return err
+	}
+	watch, stop := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { m.report(watch) })
+	err := m.stages(ctx)
+	stop()
+	wg.Wait()
+	if err != nil {
+		return errors.Join(err, m.remove(ctx))
+	}
+	return nil
+}
+
+// insert puts the filter over the top, unless there is one.
+func (m *streamer) insert(ctx context.Context) error {
+	return m.Graph.Change(ctx, func(tx *blk.Tx) error {
+		m.size = tx.Root().Info().Size
+		if f, ok := tx.Root().(*cor.Node); ok {
+			m.filter = f
+			return nil
+		}
+		m.filter, m.own = cor.New(tx.Root(), m.Cluster, m.Failed), true
+		tx.SetRoot(m.filter)
+		return nil
+	})
+}
+
+// remove takes the job's own filter away.
+func (m *streamer) remove(ctx context.Context) error {
+	m.job.Update(func(r *job.Record) {
+		r.Message = "the images behind the disk's are still needed; what was copied of them is kept"
+	})
+	if !m.own {
+		return nil
+	}
+	return m.Graph.Change(context.WithoutCancel(ctx), func(tx *blk.Tx) error {
+		tx.SetRoot(m.filter.Top())
+		return nil
+	})
+}
+
+func (m *streamer) stages(ctx context.Context) error {
+	for {
+		if err := m.copyAll(ctx); err != nil {
+			return err
+		}
+		err := m.drop(ctx)
+		var werr *cor.WriteError
+		if !errors.As(err, &werr) {
+			return err
+		}
+		if err := m.onError(ctx, err); err != nil {
+			return err
+		}
+	}
+}
+
+// copyAll copies in passes until one finds nothing to copy: a piece that failed is looked at again by the next one.
+func (m *streamer) copyAll(ctx context.Context) error {
+	m.job.Update(func(r *job.Record) { r.Stage = job.StageStream })
+	for {
+		pieces, err := m.pass(ctx)
+		m.again = true
+		if err != nil || pieces == 0 {
+			return err
+		}
+	}
+}
+
+// piece is a range to be copied: whole clusters, as far as the disk goes.
+type piece struct{ off, n int64 }
+
+// errDone says that there is no further piece.
+var errDone = errors.New("done")
+
+// pass goes through the disk once, with several pieces in flight, and returns how many there were.
+func (m *streamer) pass(ctx context.Context) (pieces int, first error) {
+	var (
+		wg sync.WaitGroup
+		mu sync.Mutex // guards what next uses, pieces and first
+		t  = blk.NewTask()
+		at int64
+	)
+	work, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	next := func(limit int64) (piece, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		p, err := m.next(work, t, at, limit)
+		if !m.again {
+			m.done.Add(p.off - at)
+		}
+		at = p.off + p.n
+		if err == nil {
+			pieces++
+		}
+		return p, err
+	}
+	for range m.pacer.Workers() {
+		wg.Go(func() {
+			t := blk.NewTask()
+			for {
+				err := m.step(work, t, next)
+				if errors.Is(err, errDone) {
+					return // the others still have pieces, which may fail
+				}
+				if err != nil {
+					mu.Lock()
+					if first == nil {
+						first = err
+						cancel(err)
+					}
+					mu.Unlock()
+					return
+				}
+			}
+		})
+	}
+	var pacing sync.WaitGroup
+	pacing.Go(func() { m.pacer.Run(work) })
+	wg.Wait()
+	cancel(nil)
+	pacing.Wait()
+	if first != nil {
+		return pieces, first
+	}
+	return pieces, m.job.Gate(ctx) // a pause that came with the last pieces
+}
+
+// next finds the first piece at or after at, which is where a cluster begins. With an error it is the place that was
+// reached.
+func (m *streamer) next(ctx context.Context, t *blk.Task, at, limit int64) (piece, error) {
+	for at < m.size && ctx.Err() == nil {
+		e, err := m.filter.Map(t, at, m.size-at)
+		if err != nil {
+			return piece{off: at}, err
+		}
+		end := at + e.Len
+		if cor.Wanted(e, m.Base) {
+			most := limit
+			if e.State == blk.Zero || e.State == blk.Unallocated {
+				most = maxRange
+			}
+			end = min((end+m.Cluster-1)&^(m.Cluster-1), at+max(most&^(m.Cluster-1), m.Cluster))
+			return piece{at, min(end, m.size) - at}, nil
+		}
+		if end < m.size {
+			end &^= m.Cluster - 1
+		}
+		if end == at { // a cluster of several kinds
+			return piece{at, min(m.Cluster, m.size-at)}, nil
+		}
+		at = end
+	}
+	if ctx.Err() != nil {
+		return piece{off: at}, context.Cause(ctx)
+	}
+	return piece{off: at}, errDone
+}
+
+// step copies one piece.
+func (m *streamer) step(ctx context.Context, t *blk.Task, next func(int64) (piece, error)) error {
+	if err := m.job.Gate(ctx); err != nil {
+		return err
+	}
+	p, err := next(m.job.Piece(m.pacer.Size()))
+	if err == nil {
+		// Paid before the window, so that no piece that was paid late is copied while the guest is to be left alone.
+		if err := m.job.Limit(ctx, p.n); err != nil {
+			return err
+		}
+		if err := m.pacer.Begin(ctx); err != nil {
+			return err
+		}
+		err = m.filter.Pull(t, p.off, p.n, m.Base)
+		m.pacer.End()
+		if err == nil {
+			m.done.Add(p.n)
+		}
+	}
+	if err == nil || errors.Is(err, errDone) || ctx.Err() != nil {
+		return err
+	}
+	return m.onError(ctx, err)
+}
+
+// onError does what the user asked for: nil means go on, perhaps after a pause.
+func (m *streamer) onError(ctx context.Context, err error) error {
+	policy := m.opts.OnSourceError
+	var werr *cor.WriteError
+	if errors.As(err, &werr) {
+		policy, err = m.opts.OnTargetError, werr.Err
+	}
+	if policy == job.OnErrorStop || policy == job.OnErrorEnospc && blk.IsNoSpace(err) {
+		m.job.PauseFor(err)
+		return m.job.Gate(ctx)
+	}
+	return err
+}
+
+// drop leaves the images that are not needed any more.
+func (m *streamer) drop(ctx context.Context) error {
+	m.job.Update(func(r *job.Record) { r.Stage = job.StageDrop })
+	t := blk.NewTask()
+	// The flush that holds the guest has to write what came since the one before it.
+	for n := 0; n < maxFlushes && ctx.Err() == nil; n++ {
+		start := time.Now()
+		if err := blk.Do(t, m.filter, &blk.Request{Op: blk.OpFlush}); err != nil {
+			return &cor.WriteError{Err: err}
+		}
+		if time.Since(start) <= shortFlush {
+			break
+		}
+	}
+	wait, cancel := context.WithTimeout(ctx, pauseWait)
+	defer cancel()
+	err := m.Graph.Change(wait, func(tx *blk.Tx) error {
+		if err := m.Drop(t); err != nil {
+			return &cor.WriteError{Err: err}
+		}
+		if m.own || !m.Keep {
+			tx.SetRoot(m.filter.Top())
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	m.job.Update(func(r *job.Record) { r.Error = "" })
+	if err := m.Close(); err != nil {
+		m.job.Update(func(r *job.Record) {
+			r.Error = fmt.Sprintf("%s is complete; closing the images that were behind it: %v", r.Target, err)
+		})
+	}
+	return nil
+}
+
+// report writes the progress into the job's record, a few times a second.
+func (m *streamer) report(ctx context.Context) {
+	const every = 250 * time.Millisecond
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	var rate float64
+	lastDone, last := m.done.Load(), time.Now()
+	for {
+		done := m.done.Load()
+		if dt := time.Since(last).Seconds(); dt > 0.01 && done >= lastDone {
+			if now := float64(done-lastDone) / dt; rate == 0 {
+				rate = now
+			} else {
+				rate += (now - rate) / 8
+			}
+		}
+		last, lastDone = time.Now(), done
+		left := max(m.size-done, 0)
+		m.job.Update(func(r *job.Record) {
+			r.BytesDone, r.BytesTotal, r.Rate, r.ETASeconds = done, done+left, int64(rate), -1
+			if left == 0 {
+				r.ETASeconds = 0
+			} else if rate > 1 {
+				r.ETASeconds = int64(float64(left) / rate)
+			}
+		})
+		if ctx.Err() != nil {
+			return // with the last figures told
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+		}
+	}
+}
