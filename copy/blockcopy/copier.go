@@ -293,6 +293,7 @@ func (c *copier) report(ctx context.Context) {
 	last := time.Now()
 	lastLeft = c.left()
 	for {
+		over := ctx.Err() != nil // asked first: the last figures are told
 		done := c.progress.done.Load()
 		left := c.left()
 		if dt := time.Since(last).Seconds(); dt > 0.01 {
@@ -316,8 +317,8 @@ func (c *copier) report(ctx context.Context) {
 			// Without mirrored writes a copy that is slower than the guest would not end.
 			r.Converging = r.Stage == job.StageMirror || rate == 0 || left == 0 || net > 0
 		})
-		if ctx.Err() != nil {
-			return // with the last figures told
+		if over {
+			return
 		}
 		select {
 		case <-tick.C:

@@ -187,6 +187,7 @@ func (c *committer) report(ctx context.Context) {
 	var last int64
 	var rate float64
 	for {
+		over := ctx.Err() != nil // asked first: the last figures are told
 		c.mu.Lock()
 		done := c.done
 		c.mu.Unlock()
@@ -198,8 +199,8 @@ func (c *committer) report(ctx context.Context) {
 				r.ETASeconds = int64(float64(c.size-done) / rate)
 			}
 		})
-		if ctx.Err() != nil {
-			return // with the last figures told
+		if over {
+			return
 		}
 		select {
 		case <-tick.C:

@@ -317,6 +317,7 @@ func (m *streamer) report(ctx context.Context) {
 	var rate float64
 	lastDone, last := m.done.Load(), time.Now()
 	for {
+		over := ctx.Err() != nil // asked first: the last figures are told
 		done := m.done.Load()
 		if dt := time.Since(last).Seconds(); dt > 0.01 && done >= lastDone {
 			if now := float64(done-lastDone) / dt; rate == 0 {
@@ -335,8 +336,8 @@ func (m *streamer) report(ctx context.Context) {
 				r.ETASeconds = int64(float64(left) / rate)
 			}
 		})
-		if ctx.Err() != nil {
-			return // with the last figures told
+		if over {
+			return
 		}
 		select {
 		case <-tick.C:
