@@ -365,7 +365,12 @@ func TestErrors(t *testing.T) {
 			if trap != nil {
 				trap.Remove()
 			}
-			must(t, j.Resume())
+			// A piece that had failed by then may pause the job again.
+			for deadline := time.Now().Add(20 * time.Second); !job.Ended(j.Record().State) && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+				if j.Record().State == job.StatePaused {
+					must(t, j.Resume())
+				}
+			}
 			r.complete(j)
 		})
 	}
@@ -402,10 +407,16 @@ func TestPowerCut(t *testing.T) {
 		r.state(r.start(nil), job.StateCompleted)
 		rng := rand.New(rand.NewPCG(1, 2))
 		old, now := 0, 0
+		step, most := 1, 100
+		if testing.Short() {
+			step, most = 8, 20
+		}
 		for p := first; p <= r.disk.Points(); p++ {
 			tries := 3
 			if p > r.disk.Points()-8 { // the header changes
-				tries = 100
+				tries = most
+			} else if p%step != 0 {
+				continue
 			}
 			for range tries {
 				after := r.disk.CrashAt(p, rng)
