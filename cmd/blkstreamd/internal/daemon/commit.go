@@ -113,7 +113,11 @@ func (d *Daemon) startCommit(k *disk, r job.Record, top, base int) (*job.Job, er
 	for _, i := range chain[top:base] {
 		names = append(names, i.Path)
 	}
-	m, err := image.OpenMerge(blk.NewTask(), k.image(), top, base, d.imageOptions(&k.spec, k.graph))
+	var m *image.Merge
+	err := d.patiently(func() (err error) {
+		m, err = image.OpenMerge(blk.NewTask(), k.image(), top, base, d.imageOptions(&k.spec, k.graph))
+		return err
+	})
 	if err != nil {
 		return nil, imageError(err)
 	}

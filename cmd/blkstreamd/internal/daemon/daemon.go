@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
@@ -39,6 +40,8 @@ type Daemon struct {
 	store *job.Store   // nil in the mode for one disk
 	jobs  *job.Manager // likewise
 	lock  *os.File     // of the state directory
+
+	starting atomic.Bool // images may still be locked by a daemon that was killed
 
 	rpc *ttrpc.Server
 	wg  sync.WaitGroup
@@ -77,6 +80,8 @@ func checkDisk(file *config.File, d *config.Disk) error {
 // path is the mode for one disk: no state, no jobs, no control socket.
 func Start(file *config.File, o Options) (d *Daemon, err error) {
 	d = &Daemon{opts: o, file: file, disks: map[string]*disk{}, end: make(chan struct{})}
+	d.starting.Store(true)
+	defer d.starting.Store(false)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.Stop())

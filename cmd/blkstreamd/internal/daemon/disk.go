@@ -131,8 +131,19 @@ func (d *Daemon) startAdded() error {
 // lockRunning is the value of a disk's lock key with which its image is locked only while somebody uses it.
 const lockRunning = "running"
 
-// lockPatience is how long a disk waits for its image's locks at the start.
-const lockPatience = 2 * time.Second
+// lockPatience is how long a daemon that starts waits for the locks of images.
+const lockPatience = 5 * time.Second
+
+// patiently opens an image. While the daemon starts it waits for the image's locks: a daemon that was killed has them
+// until the kernel has finished its I/O.
+func (d *Daemon) patiently(open func() error) error {
+	err := open()
+	for deadline := time.Now().Add(lockPatience); d.starting.Load() && errors.Is(err, file.ErrInUse) && time.Now().Before(deadline); {
+		time.Sleep(20 * time.Millisecond)
+		err = open()
+	}
+	return err
+}
 
 // hold takes the image's locks for one more user of the disk, or gives them up for one less. With lock = "running" an
 // image without users is not locked: in a live migration the other host's daemon opens it before the guest stops here,
@@ -172,7 +183,11 @@ func (k *disk) hold(on bool) error {
 func (d *Daemon) openImage(path, format string, spec *config.Disk, g *blk.Graph, backing []config.Layer, unlocked bool) (*image.Image, error) {
 	o := d.imageOptions(spec, g)
 	o.Unlocked, o.Backing = unlocked, layers(backing)
-	img, err := image.Open(blk.NewTask(), path, format, o)
+	var img *image.Image
+	err := d.patiently(func() (err error) {
+		img, err = image.Open(blk.NewTask(), path, format, o)
+		return err
+	})
 	if err != nil {
 		return nil, imageError(err)
 	}
@@ -235,11 +250,6 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 	backing := k.backing()
 	unlocked := spec.Lock == lockRunning && r.Format == image.Raw // hold locks no other
 	img, err := d.openImage(r.Image, r.Format, &spec, k.graph, backing, unlocked)
-	// A daemon that was killed keeps its locks until the kernel has finished its I/O.
-	for deadline := time.Now().Add(lockPatience); errors.Is(err, file.ErrInUse) && time.Now().Before(deadline); {
-		time.Sleep(20 * time.Millisecond)
-		img, err = d.openImage(r.Image, r.Format, &spec, k.graph, backing, unlocked)
-	}
 	if err != nil {
 		return nil, err
 	}
