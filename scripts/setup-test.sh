@@ -21,7 +21,7 @@ needed=(
   qemu-storage-daemon:"qemu-utils qemu-system-common"
   busybox:busybox-static nbdkit:nbdkit fio:fio modprobe:kmod xz:xz-utils
   e2fsck:e2fsprogs mke2fs:e2fsprogs
-  strace:strace mandoc:mandoc
+  strace:strace mandoc:mandoc systemd-analyze:systemd
   cc:"gcc libc6-dev" # the race detector
 )
 export PATH=$PATH:/usr/sbin:/sbin
