@@ -54,9 +54,6 @@ const (
 	shrinkFactor = 0.75             // a pass must leave less than this part of what it found; so must a flush take, of the last one
 	switchWait   = 10 * time.Second // for requests in flight
 	rangeBytes   = 64 << 20         // of zeroes at a time
-
-	shortFlush = 5 * time.Millisecond // of the target: one that may hold the guest
-	maxFlushes = 8                    // while waiting for a short one
 )
 
 // copier is one run.
@@ -236,7 +233,7 @@ func (c *copier) bulk(ctx context.Context) error {
 			}
 			return piece{off: from, n: at - from, bulk: true, blank: blank}, nil
 		}
-		return piece{}, errDone
+		return piece{}, job.ErrDone
 	})
 }
 
@@ -352,7 +349,7 @@ func (c *copier) dirtyPass(ctx context.Context) error {
 	return c.copyAll(ctx, func(limit int64) (piece, error) {
 		off, n, ok := c.filter.Dirty.Next(at, limit)
 		if !ok {
-			return piece{}, errDone
+			return piece{}, job.ErrDone
 		}
 		at = off + n
 		return piece{off: off, n: n}, nil
@@ -423,19 +420,8 @@ func (c *copier) switchOver(ctx context.Context) error {
 	c.job.Update(func(r *job.Record) { r.Stage = job.StageSwitch })
 	t := blk.NewTask()
 	flush := func() error { return blk.Do(t, c.Target, &blk.Request{Op: blk.OpFlush}) }
-	// The flush that holds the guest has to write what came since the one before it, which is what the guest wrote
-	// while that one ran: each is shorter than the last, unless the guest writes as fast as the target, or the time
-	// is not that of writing.
-	for n, before := 0, time.Duration(0); n < maxFlushes && ctx.Err() == nil; n++ {
-		start := time.Now()
-		if err := flush(); err != nil {
-			return c.flushFailed(err)
-		}
-		took := time.Since(start)
-		if took <= shortFlush || n > 0 && float64(took) > shrinkFactor*float64(before) {
-			break
-		}
-		before = took
+	if err := job.FlushUntilShort(ctx, flush); err != nil {
+		return c.flushFailed(err)
 	}
 	wait, cancel := context.WithTimeout(ctx, switchWait)
 	defer cancel()
@@ -487,7 +473,7 @@ func (c *copier) verify(ctx context.Context) error {
 			return piece{}, err
 		}
 		if at >= c.size {
-			return piece{}, errDone
+			return piece{}, job.ErrDone
 		}
 		p := piece{off: at, n: min(limit, c.size-at)}
 		at += p.n

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,9 +20,6 @@ type piece struct {
 	bulk   bool // of the bulk stage
 	blank  bool // the target reads as zeros there
 }
-
-// errDone says that there is no further piece.
-var errDone = errors.New("done")
 
 // sourceError marks an error as the source's; all others are the target's.
 type sourceError struct{ err error }
@@ -39,72 +35,23 @@ func (c *copier) copyAll(ctx context.Context, next func(limit int64) (piece, err
 
 // workers runs do on every piece, unless an error ends it before. next is called by one worker at a time.
 func (c *copier) workers(ctx context.Context, next func(limit int64) (piece, error), do func(*blk.Task, piece) error) error {
-	var (
-		wg    sync.WaitGroup
-		mu    sync.Mutex // guards next and first
-		first error
-	)
-	work, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	fail := func(err error) {
-		mu.Lock()
-		defer mu.Unlock()
-		if first == nil {
-			first = err
-			cancel(err)
-		}
+	w := job.Work[piece]{
+		Job: c.job, Pacer: c.pacer,
+		Next: func(_ context.Context, _ *blk.Task, limit int64) (piece, int64, error) {
+			p, err := next(max(limit&^(c.opts.Granularity-1), c.opts.Granularity))
+			return p, min(p.n, c.size-p.off), err
+		},
+		Do:      func(_ context.Context, t *blk.Task, p piece) error { return do(t, p) },
+		OnError: c.pieceFailed,
 	}
-	for range c.pacer.Workers() {
-		wg.Go(func() {
-			t := blk.NewTask()
-			for {
-				err := c.step(work, t, &mu, next, do)
-				if errors.Is(err, errDone) {
-					return // the others still have pieces, which may fail
-				}
-				if err != nil {
-					fail(err)
-					return
-				}
-			}
-		})
-	}
-	var pacing sync.WaitGroup
-	pacing.Go(func() { c.pacer.Run(work) })
-	wg.Wait()
-	cancel(nil)
-	pacing.Wait()
-	if first != nil {
-		return first
-	}
-	return c.job.Gate(ctx) // a pause that came with the last pieces
+	return w.Run(ctx)
 }
 
-// step copies one piece.
-func (c *copier) step(ctx context.Context, t *blk.Task, mu *sync.Mutex, next func(int64) (piece, error), do func(*blk.Task, piece) error) error {
-	if err := c.job.Gate(ctx); err != nil {
-		return err
-	}
-	mu.Lock()
-	p, err := next(max(c.job.Piece(c.pacer.Size())&^(c.opts.Granularity-1), c.opts.Granularity))
-	mu.Unlock()
-	if err == nil {
-		// Paid before the window, so that no piece that was paid late is copied while the guest is to be left alone.
-		if err := c.job.Limit(ctx, min(p.n, c.size-p.off)); err != nil {
-			return err
-		}
-		if err := c.pacer.Begin(ctx); err != nil {
-			return err
-		}
-		err = do(t, p)
-		c.pacer.End()
-	}
-	if err == nil {
-		return nil
-	}
+// pieceFailed does what the user asked for, except about errors that are no disk's.
+func (c *copier) pieceFailed(ctx context.Context, err error) error {
 	var mismatch *mismatchError
 	var lost *targetLost
-	if errors.Is(err, errDone) || errors.As(err, &mismatch) || errors.As(err, &lost) {
+	if errors.As(err, &mismatch) || errors.As(err, &lost) {
 		return err
 	}
 	policy := c.opts.OnTargetError

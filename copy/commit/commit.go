@@ -9,7 +9,6 @@ package commit
 
 import (
 	"context"
-	"errors"
 	"sync"
 	"time"
 
@@ -49,16 +48,12 @@ type piece struct {
 	zero   bool
 }
 
-// errDone says that there is no further piece.
-var errDone = errors.New("done")
-
 // Run copies and finishes.
 func Run(ctx context.Context, j *job.Job, s Setup) error {
 	c := &committer{Setup: s, job: j, pacer: job.NewPacer(s.Graph), size: s.Base.Info().Size}
 	j.Update(func(r *job.Record) { r.Stage, r.BytesTotal = job.StageBulk, c.size })
 	watch, stop := context.WithCancel(ctx)
 	var watching sync.WaitGroup
-	watching.Go(func() { c.pacer.Run(watch) })
 	watching.Go(func() { c.report(watch) })
 	err := c.copyAll(ctx)
 	stop()
@@ -77,35 +72,21 @@ func Run(ctx context.Context, j *job.Job, s Setup) error {
 	return s.Finish(ctx)
 }
 
-// copyAll copies the pieces, several at once.
+// copyAll copies the pieces.
 func (c *committer) copyAll(ctx context.Context) error {
-	work, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	var wg sync.WaitGroup
-	for range c.pacer.Workers() {
-		wg.Go(func() {
-			t := blk.NewTask()
-			for {
-				p, err := c.next(t)
-				if err == nil {
-					err = c.copyPaced(work, t, p)
-				}
-				if errors.Is(err, errDone) {
-					return // the others still have pieces, which may fail
-				}
-				if err != nil {
-					cancel(err)
-					return
-				}
-			}
-		})
+	w := job.Work[piece]{
+		Job: c.job, Pacer: c.pacer, Do: c.copyPiece,
+		Next: func(_ context.Context, t *blk.Task, limit int64) (piece, int64, error) {
+			p, err := c.next(t, limit)
+			return p, p.n, err
+		},
+		OnError: func(_ context.Context, err error) error { return err },
 	}
-	wg.Wait()
-	return context.Cause(work)
+	return w.Run(ctx)
 }
 
 // next gives out the next piece.
-func (c *committer) next(t *blk.Task) (piece, error) {
+func (c *committer) next(t *blk.Task, limit int64) (piece, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	shown := c.View.Info().Size
@@ -120,7 +101,7 @@ func (c *committer) next(t *blk.Task) (piece, error) {
 			c.done += p.n
 			continue
 		}
-		p.n = min(p.n, c.job.Piece(c.pacer.Size()))
+		p.n = min(p.n, limit)
 		if p.zero {
 			p.n = min(e.Len, zeroBytes)
 		} else if whole := p.n &^ (blk.SectorSize - 1); whole > 0 {
@@ -137,20 +118,13 @@ func (c *committer) next(t *blk.Task) (piece, error) {
 		c.at += p.n
 		return p, nil
 	}
-	return piece{}, errDone
+	return piece{}, job.ErrDone
 }
 
-// copyPaced copies a piece when it may. A base that is full pauses the job, and the piece is copied again then.
-func (c *committer) copyPaced(ctx context.Context, t *blk.Task, p piece) error {
-	if err := c.job.Limit(ctx, p.n); err != nil {
-		return err
-	}
+// copyPiece copies a piece. A base that is full pauses the job, and the piece is copied again then.
+func (c *committer) copyPiece(ctx context.Context, t *blk.Task, p piece) error {
 	for {
-		if err := c.pacer.Begin(ctx); err != nil {
-			return err
-		}
 		err := c.copy(t, p)
-		c.pacer.End()
 		if err == nil {
 			c.mu.Lock()
 			defer c.mu.Unlock()

@@ -47,9 +47,6 @@ type Setup struct {
 const (
 	pauseWait = 10 * time.Second // for requests in flight
 	maxRange  = 64 << 20         // bytes of zeros that are stored at a time
-
-	shortFlush = 5 * time.Millisecond // of the top: one that may hold the guest
-	maxFlushes = 8                    // while waiting for a short one
 )
 
 // streamer is one run.
@@ -144,61 +141,32 @@ func (m *streamer) copyAll(ctx context.Context) error {
 // piece is a range to be copied: whole clusters, as far as the disk goes.
 type piece struct{ off, n int64 }
 
-// errDone says that there is no further piece.
-var errDone = errors.New("done")
-
-// pass goes through the disk once, with several pieces in flight, and returns how many there were.
-func (m *streamer) pass(ctx context.Context) (pieces int, first error) {
-	var (
-		wg sync.WaitGroup
-		mu sync.Mutex // guards what next uses, pieces and first
-		t  = blk.NewTask()
-		at int64
-	)
-	work, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	next := func(limit int64) (piece, error) {
-		mu.Lock()
-		defer mu.Unlock()
-		p, err := m.next(work, t, at, limit)
-		if !m.again {
-			m.done.Add(p.off - at)
-		}
-		at = p.off + p.n
-		if err == nil {
-			pieces++
-		}
-		return p, err
-	}
-	for range m.pacer.Workers() {
-		wg.Go(func() {
-			t := blk.NewTask()
-			for {
-				err := m.step(work, t, next)
-				if errors.Is(err, errDone) {
-					return // the others still have pieces, which may fail
-				}
-				if err != nil {
-					mu.Lock()
-					if first == nil {
-						first = err
-						cancel(err)
-					}
-					mu.Unlock()
-					return
-				}
+// pass goes through the disk once and returns how many pieces there were.
+func (m *streamer) pass(ctx context.Context) (pieces int, err error) {
+	var at int64
+	w := job.Work[piece]{
+		Job: m.job, Pacer: m.pacer, OnError: m.onError,
+		Next: func(ctx context.Context, t *blk.Task, limit int64) (piece, int64, error) {
+			p, err := m.next(ctx, t, at, limit)
+			if !m.again {
+				m.done.Add(p.off - at)
 			}
-		})
+			at = p.off + p.n
+			if err == nil {
+				pieces++
+			}
+			return p, p.n, err
+		},
+		Do: func(_ context.Context, t *blk.Task, p piece) error {
+			err := m.filter.Pull(t, p.off, p.n, m.Base)
+			if err == nil {
+				m.done.Add(p.n)
+			}
+			return err
+		},
 	}
-	var pacing sync.WaitGroup
-	pacing.Go(func() { m.pacer.Run(work) })
-	wg.Wait()
-	cancel(nil)
-	pacing.Wait()
-	if first != nil {
-		return pieces, first
-	}
-	return pieces, m.job.Gate(ctx) // a pause that came with the last pieces
+	err = w.Run(ctx)
+	return pieces, err
 }
 
 // next finds the first piece at or after at, which is where a cluster begins. With an error it is the place that was
@@ -229,33 +197,7 @@ func (m *streamer) next(ctx context.Context, t *blk.Task, at, limit int64) (piec
 	if ctx.Err() != nil {
 		return piece{off: at}, context.Cause(ctx)
 	}
-	return piece{off: at}, errDone
-}
-
-// step copies one piece.
-func (m *streamer) step(ctx context.Context, t *blk.Task, next func(int64) (piece, error)) error {
-	if err := m.job.Gate(ctx); err != nil {
-		return err
-	}
-	p, err := next(m.job.Piece(m.pacer.Size()))
-	if err == nil {
-		// Paid before the window, so that no piece that was paid late is copied while the guest is to be left alone.
-		if err := m.job.Limit(ctx, p.n); err != nil {
-			return err
-		}
-		if err := m.pacer.Begin(ctx); err != nil {
-			return err
-		}
-		err = m.filter.Pull(t, p.off, p.n, m.Base)
-		m.pacer.End()
-		if err == nil {
-			m.done.Add(p.n)
-		}
-	}
-	if err == nil || errors.Is(err, errDone) || ctx.Err() != nil {
-		return err
-	}
-	return m.onError(ctx, err)
+	return piece{off: at}, job.ErrDone
 }
 
 // onError does what the user asked for: nil means go on, perhaps after a pause.
@@ -276,19 +218,13 @@ func (m *streamer) onError(ctx context.Context, err error) error {
 func (m *streamer) drop(ctx context.Context) error {
 	m.job.Update(func(r *job.Record) { r.Stage = job.StageDrop })
 	t := blk.NewTask()
-	// The flush that holds the guest has to write what came since the one before it.
-	for n := 0; n < maxFlushes && ctx.Err() == nil; n++ {
-		start := time.Now()
-		if err := blk.Do(t, m.filter, &blk.Request{Op: blk.OpFlush}); err != nil {
-			return &cor.WriteError{Err: err}
-		}
-		if time.Since(start) <= shortFlush {
-			break
-		}
+	err := job.FlushUntilShort(ctx, func() error { return blk.Do(t, m.filter, &blk.Request{Op: blk.OpFlush}) })
+	if err != nil {
+		return &cor.WriteError{Err: err}
 	}
 	wait, cancel := context.WithTimeout(ctx, pauseWait)
 	defer cancel()
-	err := m.Graph.Change(wait, func(tx *blk.Tx) error {
+	err = m.Graph.Change(wait, func(tx *blk.Tx) error {
 		if err := m.Drop(t); err != nil {
 			return &cor.WriteError{Err: err}
 		}
