@@ -6,7 +6,7 @@
 //
 //  1. Clusters that are ours alone are written in place, most of them by the caller itself, through TryMap.
 //  2. For others, the guest's range is locked by clusters. Host clusters come from a reserve whose reference
-//     counts were made durable beforehand (refcount.go), so that a crash leaks clusters and never shares them.
+//     counts were made durable beforehand (alloc.go), so that a crash leaks clusters and never shares them.
 //  3. The data is written, with what has to be copied around it.
 //  4. The storage is flushed, if losing the data and keeping the table would show something that was never there.
 //  5. The L2 entry is written (table.go), and only then published in memory. So whatever is acknowledged survives
