@@ -53,8 +53,8 @@ func TestBarrier(t *testing.T) {
 	passed := make(chan error, 1)
 	go func() { passed <- s.graph.Barrier(blk.NewTask()) }()
 	select {
-	case <-passed:
-		t.Error("a barrier is passed with a read in flight")
+	case err := <-passed:
+		t.Fatalf("a barrier is passed with a read in flight (%v)", err)
 	case <-time.After(50 * time.Millisecond):
 	}
 	if _, err := w.Write(want); err != nil {
