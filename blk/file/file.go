@@ -154,8 +154,8 @@ func (n *Node) setup(o Options) error {
 	return nil
 }
 
-// Lock takes the locks that Unlock gave up, or that Options.Unlocked or Options.Claim left out. After an error (ErrInUse: somebody else
-// has them) there are none, and nobody may write through the node.
+// Lock takes the locks that Unlock gave up, or that Options.Unlocked or Options.Claim left out. After an error (ErrInUse:
+// somebody else has them) there are none, and nobody may write through the node.
 func (n *Node) Lock() error {
 	err := lockImage(n.host.Fd, n.host.Path, !n.Info().ReadOnly)
 	if err != nil {
