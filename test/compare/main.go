@@ -4,6 +4,7 @@
 // prints medians and their ratios. The machine should be idle; even so only the ratios mean something.
 //
 //   - table.go: requests against qemu-storage-daemon
+//   - chain.go: reads of long chains against those of one image
 //   - copy.go: the bulk copy against dd, and what a guest notices of a copy
 //   - footprint.go: memory, and the start with a huge disk
 package main
@@ -63,7 +64,7 @@ func (b *bench) run() (err error) {
 		return fmt.Errorf("build: %w: %s", err, out)
 	}
 	fmt.Printf("medians of %d runs in turn\n", b.runs)
-	return errors.Join(b.table(), b.copies(), b.footprint())
+	return errors.Join(b.table(), b.chains(), b.copies(), b.footprint())
 }
 
 func (b *bench) path(name string) string { return filepath.Join(b.dir, name) }
