@@ -129,7 +129,7 @@ func (n *Node) read(t *blk.Task, r *blk.Request) error {
 // stretch is how many bytes from off on are to be copied, or are not.
 func (n *Node) stretch(t *blk.Task, off, l int64) (got int64, copies bool, err error) {
 	for got < l {
-		e, err := n.top.Map(t, off+got, l-got)
+		e, err := n.look(t, off+got, l-got)
 		if err != nil {
 			return 0, false, err
 		}
@@ -140,6 +140,15 @@ func (n *Node) stretch(t *blk.Task, off, l int64) (got int64, copies bool, err e
 		got += e.Len
 	}
 	return got, copies, nil
+}
+
+// look says how a range is stored. A file is not asked for its holes: that takes another thread. They look like data, and
+// fetch finds out.
+func (n *Node) look(t *blk.Task, off, l int64) (blk.Extent, error) {
+	if e, ok := n.top.TryMap(blk.OpRead, off, l); ok {
+		return e, nil
+	}
+	return n.top.Map(t, off, l)
 }
 
 // readTop reads [off, off+l) into v from at on.
@@ -246,7 +255,7 @@ func (n *Node) absent(t *blk.Task, lo, hi int64, depth uint16) ([]span, error) {
 		for at < end {
 			if at >= eEnd {
 				var err error
-				if e, err = n.top.Map(t, at, hi-at); err != nil {
+				if e, err = n.look(t, at, hi-at); err != nil {
 					return nil, err
 				}
 				eEnd = at + e.Len
@@ -293,7 +302,7 @@ func (n *Node) fetch(t *blk.Task, s span, use func(b []byte, off int64), depth u
 		end, zero := n.alike(buf.B, s, at)
 		var err error
 		if zero {
-			err = n.storeZeroes(t, at, end, depth)
+			err = n.copyZeroes(t, at, end, depth)
 		} else {
 			err = n.write(t, buf.B[at-s.lo:end-s.lo], at)
 		}
@@ -321,6 +330,20 @@ func (n *Node) alike(b []byte, s span, at int64) (end int64, zero bool) {
 
 func (n *Node) write(t *blk.Task, b []byte, off int64) error {
 	return blk.Do(t, n.top, &blk.Request{Op: blk.OpWrite, Off: off, Len: int64(len(b)), Data: blk.BytesVec(nil, b)})
+}
+
+// copyZeroes stores zeros that were read, unless they are holes, which show as zeros anyway.
+func (n *Node) copyZeroes(t *blk.Task, lo, hi int64, depth uint16) error {
+	for at := lo; at < hi && depth == 0; {
+		e, err := n.top.Map(t, at, hi-at)
+		if err != nil || toCopy(e) {
+			break
+		}
+		if at += e.Len; at >= hi {
+			return nil
+		}
+	}
+	return n.storeZeroes(t, lo, hi, depth)
 }
 
 // storeZeroes lets the top hold zeros. A format without zero clusters may leave that to the images behind it; if some

@@ -799,7 +799,7 @@ func TestCreateConvert(t *testing.T) {
 				t.Error(err)
 			}
 			if c.o.Preallocation == "" && c.o.ClusterSize < 1<<20 {
-				if a, err := allocated(d.at(name)); err != nil || a > size {
+				if a, err := Allocated(d.at(name)); err != nil || a > size {
 					t.Errorf("a sparse image takes %d bytes, error %v", a, err)
 				}
 			}

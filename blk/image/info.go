@@ -83,7 +83,7 @@ func Describe(path, format string, whole bool, o Options) (_ []Info, err error) 
 func (m *Member) info(t *blk.Task) (Info, error) {
 	i := Info{Filename: m.Path, Format: m.Format, VirtualSize: m.storage.Info().Size}
 	var err error
-	if i.ActualSize, err = allocated(m.Path); err != nil {
+	if i.ActualSize, err = Allocated(m.Path); err != nil {
 		return i, err
 	}
 	h := m.Header
@@ -146,7 +146,8 @@ func (m *Member) lists(t *blk.Task, i *Info, q *Qcow2Info) error {
 	return nil
 }
 
-func allocated(path string) (int64, error) {
+// Allocated is how much a file takes on its storage, in bytes.
+func Allocated(path string) (int64, error) {
 	fi, err := os.Stat(path)
 	if err != nil {
 		return 0, err

@@ -39,7 +39,14 @@ func fakeDisk() *control.Disk {
 		Id: "disk0", Image: "/images/new.img", Format: "raw", ConfiguredImage: "/images/a.img",
 		Socket: "/run/disk0.sock", Size: 10 << 30, Queues: 2, QueueSize: 256, Cache: "none", BlockSize: 512,
 		Serial: "s0", State: "connected", Warning: "change line 4", Graph: "raw\n  file /images/new.img\n",
-		Jobs:  []string{"copy-1"},
+		Jobs: []string{"copy-1"},
+		Chain: []*control.ChainImage{
+			{
+				Image: "/images/new.img", Format: "qcow2", Size: 10 << 30, Allocated: 5 << 20,
+				Jobs: []*control.ChainJob{{Id: "copy-1", Kind: "copy", Role: "source", Target: "/images/b.img"}},
+			},
+			{Image: "/images/base.img", Format: "raw", Size: 1 << 30, Allocated: -1},
+		},
 		Stats: &control.DiskStats{Reads: 1, Writes: 2, Flushes: 3, BytesRead: 4096, BytesWritten: 8192, Errors: 4},
 	}
 }
@@ -95,6 +102,14 @@ func (f *fakeDaemon) DiskResize(_ context.Context, r *control.DiskResizeRequest)
 	d, err := f.disk(r, r.Id)
 	if err == nil {
 		d.Size = r.Size
+	}
+	return d, err
+}
+
+func (f *fakeDaemon) DiskSet(_ context.Context, r *control.DiskSetRequest) (*control.Disk, error) {
+	d, err := f.disk(r, r.Id)
+	if err == nil {
+		d.CopyOnRead = *r.CopyOnRead
 	}
 	return d, err
 }
@@ -222,6 +237,11 @@ func TestExitStatus(t *testing.T) {
 		{args: "disk show nope", status: 1, stderr: `blkstream: no disk "nope"`},
 		{args: "disk remove disk0", stdout: "disk disk0 removed\n"},
 		{args: "disk resize disk0 20G", stdout: "disk disk0 has 20 GiB now\n"},
+		{args: "disk set disk0 --copy-on-read on", stdout: "disk disk0: copy on read is on\n"},
+		{args: "disk set disk0 --copy-on-read=off", stdout: "disk disk0: copy on read is off\n"},
+		{args: "disk set disk0", status: 2, stderr: `required flag(s) "copy-on-read" not set`},
+		{args: "disk set disk0 --copy-on-read", status: 2},
+		{args: "disk set disk0 --copy-on-read maybe", status: 2, stderr: "want one of on, off"},
 		{args: "disk resize disk0 20X", status: 2, stderr: `bad size "20X"`},
 		{args: "disk resize disk0", status: 2, stderr: "accepts 2 arg(s)"},
 		{args: "disk add --id a", status: 2, stderr: `required flag(s) "format", "image", "socket" not set`},
@@ -335,13 +355,15 @@ func TestRequests(t *testing.T) {
 		},
 		{
 			"disk add --id a --image /a.img --format raw --socket /run/a.sock --read-only --queues 4 --queue-size 128 " +
-				"--cache writeback --block-size 4K --serial x --discard=false --poll-us 0",
+				"--cache writeback --block-size 4K --serial x --discard=false --poll-us 0 --copy-on-read",
 			&control.DiskAddRequest{
 				Id: "a", Image: "/a.img", Format: "raw", Socket: "/run/a.sock", ReadOnly: true, Queues: 4, QueueSize: 128,
-				Cache: "writeback", BlockSize: 4096, Serial: "x", Discard: &no, PollUs: poll(0),
+				Cache: "writeback", BlockSize: 4096, Serial: "x", Discard: &no, PollUs: poll(0), CopyOnRead: true,
 			},
 		},
 		{"disk resize disk0 3G --socket CONTROL", &control.DiskResizeRequest{Id: "disk0", Size: 3 << 30}},
+		{"disk set disk0 --copy-on-read on", &control.DiskSetRequest{Id: "disk0", CopyOnRead: &yes}},
+		{"disk set disk0 --copy-on-read off", &control.DiskSetRequest{Id: "disk0", CopyOnRead: &no}},
 		{"stream disk0", &control.StreamRequest{Disk: "disk0"}},
 		{
 			"stream disk0 --base /base --speed 1M --on-source-error stop --on-target-error report --id s",
@@ -369,7 +391,7 @@ func TestRequests(t *testing.T) {
 func TestJSONGolden(t *testing.T) {
 	var all bytes.Buffer
 	for _, args := range []string{
-		"disk list", "disk show disk0", "disk remove disk0", "disk resize disk0 1G",
+		"disk list", "disk show disk0", "disk remove disk0", "disk resize disk0 1G", "disk set disk0 --copy-on-read on",
 		"disk add --id a --image /i --format raw --socket /s",
 		"copy disk0 /b.img", "copy disk0 /b.img --wait", "switch disk0",
 		"job list", "job show copy-1", "job watch copy-1", "job pause copy-1", "job resume copy-1",
@@ -557,5 +579,41 @@ func TestHuman(t *testing.T) {
 		if got := humanDuration(s); got != want {
 			t.Errorf("humanDuration(%d) = %s, want %s", s, got, want)
 		}
+	}
+}
+
+// The chain is drawn as a tree, and says in words what the jobs do with each image.
+func TestChain(t *testing.T) {
+	job := func(kind, role, target string) []*control.ChainJob {
+		return []*control.ChainJob{{Id: "j", Kind: kind, Role: role, Target: target}}
+	}
+	chain := []*control.ChainImage{
+		{Image: "/top", Format: "qcow2", Size: 1 << 30, Allocated: 3 << 19, Jobs: job("stream", "target", "/top")},
+		{Image: "/a", Format: "qcow2", Size: 1 << 30, Jobs: job("stream", "source", "/top")},
+		{Image: "/b", Format: "qcow2", Size: 1 << 30, Allocated: -1, Jobs: job("copy", "source", "/else")},
+		{Image: "/c", Format: "qcow2", Size: 1 << 30, Jobs: job("commit", "source", "/d")},
+		{Image: "/d", Format: "qcow2", Size: 1 << 30, Jobs: job("commit", "target", "/d")},
+		{Image: "/e", Format: "raw", Size: 512, Jobs: job("stream", "base", "/top")},
+	}
+	want := `
+#  IMAGE         FORMAT  SIZE   ALLOCATED  JOBS
+0  /top          qcow2   1 GiB  1.5 MiB    j copies into it
+1  └─/a          qcow2   1 GiB  0 B        j copies it into #0
+2    └─/b        qcow2   1 GiB  ?          j copies it to /else (not in the chain)
+3      └─/c      qcow2   1 GiB  0 B        j merges it into #4
+4        └─/d    qcow2   1 GiB  0 B        j merges into it
+5          └─/e  raw     512 B  0 B        j keeps it as the base
+`
+	var out bytes.Buffer
+	a := newApp(&out, io.Discard)
+	if err := a.printChain(chain); err != nil || out.String() != want {
+		t.Errorf("%v\n%s", err, out.String())
+	}
+	for range 500 {
+		chain = append(chain, chain[5])
+	}
+	out.Reset()
+	if err := a.printChain(chain); err != nil || !strings.Contains(out.String(), "\n505  "+strings.Repeat("  ", maxIndent)+"└─/e  ") {
+		t.Errorf("%v\n%s", err, out.String())
 	}
 }

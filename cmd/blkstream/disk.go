@@ -14,7 +14,7 @@ import (
 )
 
 func (a *app) diskCmd() *cobra.Command {
-	return a.group(&cobra.Command{Use: "disk", Short: "List, show, add, remove and resize disks"},
+	return a.group(&cobra.Command{Use: "disk", Short: "List, show, add, remove, resize and change disks"},
 		&cobra.Command{
 			Use:   "list",
 			Short: "List the disks",
@@ -29,7 +29,7 @@ func (a *app) diskCmd() *cobra.Command {
 		},
 		&cobra.Command{
 			Use:               "show DISK",
-			Short:             "Show a disk and its stack",
+			Short:             "Show a disk, its chain of images and its stack",
 			Args:              cobra.ExactArgs(1),
 			ValidArgsFunction: a.complete(diskIDs),
 			RunE: a.with(func(ctx context.Context, c *control.Client, args []string) error {
@@ -54,6 +54,7 @@ func (a *app) diskCmd() *cobra.Command {
 			}),
 		},
 		a.diskResizeCmd(),
+		a.diskSetCmd(),
 	)
 }
 
@@ -104,6 +105,7 @@ func (a *app) diskAddCmd() *cobra.Command {
 	cache.addTo(cmd, "cache", "cache mode, as in QEMU")
 	f.Var(&blockSize, "block-size", "logical block size, 512 or 4096")
 	f.StringVar(&req.Serial, "serial", "", "`text` that the guest sees as serial number")
+	f.BoolVar(&req.CopyOnRead, "copy-on-read", false, "keep in a qcow2 image what the guest reads from those behind it")
 	f.BoolVar(&discard, "discard", true, "pass the guest's discards on to the image")
 	f.Uint32Var(&poll, "poll-us", poll, "at most `N` microseconds of busy-polling before a queue without work sleeps; 0: none")
 	return cmd
@@ -129,4 +131,25 @@ func (a *app) diskResizeCmd() *cobra.Command {
 			})(cmd, args)
 		},
 	}
+}
+
+func (a *app) diskSetCmd() *cobra.Command {
+	copyOnRead := choice{from: []string{"on", "off"}}
+	cmd := &cobra.Command{
+		Use:               "set DISK --copy-on-read on|off",
+		Short:             "Change a disk while its guest runs, also for after restarts",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.complete(diskIDs),
+		RunE: a.with(func(ctx context.Context, c *control.Client, args []string) error {
+			on := copyOnRead.value == "on"
+			disk, err := c.DiskSet(ctx, &control.DiskSetRequest{Id: args[0], CopyOnRead: &on})
+			if err != nil {
+				return err
+			}
+			return a.say(toJSONDisk(disk), "disk %s: copy on read is %s", disk.Id, onOff(disk.CopyOnRead))
+		}),
+	}
+	copyOnRead.addTo(cmd, "copy-on-read", "keep in a qcow2 image what the guest reads from those behind it")
+	_ = cmd.MarkFlagRequired("copy-on-read") // fails only for flags that do not exist
+	return cmd
 }

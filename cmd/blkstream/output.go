@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -57,6 +58,24 @@ type jsonDisk struct {
 	Graph           string    `json:"graph"`
 	Jobs            []string  `json:"jobs"`
 	Stats           jsonStats `json:"stats"`
+
+	CopyOnRead bool             `json:"copy_on_read"`
+	Chain      []jsonChainImage `json:"chain"`
+}
+
+type jsonChainImage struct {
+	Image     string         `json:"image"`
+	Format    string         `json:"format"`
+	Size      int64          `json:"size"`
+	Allocated int64          `json:"allocated"`
+	Jobs      []jsonChainJob `json:"jobs"`
+}
+
+type jsonChainJob struct {
+	ID     string `json:"id"`
+	Kind   string `json:"kind"`
+	Role   string `json:"role"`
+	Target string `json:"target"`
 }
 
 type jsonJob struct {
@@ -92,12 +111,20 @@ type jsonJob struct {
 
 func toJSONDisk(d *control.Disk) jsonDisk {
 	s := d.GetStats()
+	chain := []jsonChainImage{} // [] and not null
+	for _, m := range d.Chain {
+		o := jsonChainImage{Image: m.Image, Format: m.Format, Size: m.Size, Allocated: m.Allocated, Jobs: []jsonChainJob{}}
+		for _, j := range m.Jobs {
+			o.Jobs = append(o.Jobs, jsonChainJob{ID: j.Id, Kind: j.Kind, Role: j.Role, Target: j.Target})
+		}
+		chain = append(chain, o)
+	}
 	return jsonDisk{
 		ID: d.Id, Image: d.Image, Format: d.Format, ConfiguredImage: d.ConfiguredImage,
 		Socket: d.Socket, Size: d.Size, Queues: d.Queues, QueueSize: d.QueueSize,
 		ReadOnly: d.ReadOnly, Cache: d.Cache, BlockSize: d.BlockSize, Serial: d.Serial,
 		State: d.State, Warning: d.Warning, Graph: d.Graph,
-		Jobs: append([]string{}, d.Jobs...), // [] and not null
+		Jobs: append([]string{}, d.Jobs...), CopyOnRead: d.CopyOnRead, Chain: chain,
 		Stats: jsonStats{
 			Reads: s.GetReads(), Writes: s.GetWrites(), Flushes: s.GetFlushes(),
 			BytesRead: s.GetBytesRead(), BytesWritten: s.GetBytesWritten(), Errors: s.GetErrors(),
@@ -169,6 +196,7 @@ func (a *app) printDisk(d *control.Disk) error {
 	t.row("socket:", d.Socket)
 	t.row("read-only:", yesNo(d.ReadOnly))
 	t.row("cache:", d.Cache)
+	t.row("copy on read:", onOff(d.CopyOnRead))
 	t.row("queues:", fmt.Sprintf("%d of %d entries", d.Queues, d.QueueSize))
 	t.row("block size:", fmt.Sprint(d.BlockSize))
 	t.row("serial:", d.Serial)
@@ -177,14 +205,61 @@ func (a *app) printDisk(d *control.Disk) error {
 	t.row("writes:", fmt.Sprintf("%d (%s)", s.GetWrites(), humanSize(int64(s.GetBytesWritten()))))
 	t.row("flushes:", fmt.Sprint(s.GetFlushes()))
 	t.row("errors:", fmt.Sprint(s.GetErrors()))
-	if err := t.Flush(); err != nil {
+	err := errors.Join(t.Flush(), a.printChain(d.Chain))
+	if err != nil || d.Graph == "" {
 		return err
 	}
-	if d.Graph == "" {
+	_, err = fmt.Fprintf(a.out, "\n%s\n", strings.TrimRight(d.Graph, "\n"))
+	return err
+}
+
+// maxIndent bounds how far to the right a deep chain is drawn.
+const maxIndent = 8
+
+// printChain draws the chain with the guest's image on top.
+func (a *app) printChain(chain []*control.ChainImage) error {
+	if len(chain) == 0 {
 		return nil
 	}
-	_, err := fmt.Fprintf(a.out, "\n%s\n", strings.TrimRight(d.Graph, "\n"))
-	return err
+	fmt.Fprintln(a.out)
+	places := map[string]int{}
+	for i, m := range chain {
+		places[m.Image] = i
+	}
+	t := newTable(a.out, "#", "IMAGE", "FORMAT", "SIZE", "ALLOCATED", "JOBS")
+	for i, m := range chain {
+		name, jobs := m.Image, []string{}
+		if i > 0 {
+			name = strings.Repeat("  ", min(i-1, maxIndent)) + "└─" + name
+		}
+		for _, j := range m.Jobs {
+			jobs = append(jobs, chainJob(j, places))
+		}
+		held := "?"
+		if m.Allocated >= 0 {
+			held = humanSize(m.Allocated)
+		}
+		t.row(fmt.Sprint(i), name, m.Format, humanSize(m.Size), held, strings.Join(jobs, "; "))
+	}
+	return t.Flush()
+}
+
+// chainJob says in words what a job does with an image.
+func chainJob(j *control.ChainJob, places map[string]int) string {
+	verb := "copies"
+	if j.Kind == "commit" {
+		verb = "merges"
+	}
+	switch i, in := places[j.Target]; {
+	case j.Role == "target":
+		return fmt.Sprintf("%s %s into it", j.Id, verb)
+	case j.Role == "base":
+		return fmt.Sprintf("%s keeps it as the base", j.Id)
+	case in:
+		return fmt.Sprintf("%s %s it into #%d", j.Id, verb, i)
+	default:
+		return fmt.Sprintf("%s %s it to %s (not in the chain)", j.Id, verb, j.Target)
+	}
 }
 
 func (a *app) printJobs(jobs []*control.Job) error {
@@ -325,6 +400,13 @@ func humanTime(ms int64) string {
 		return ""
 	}
 	return time.UnixMilli(ms).Format(time.DateTime)
+}
+
+func onOff(b bool) string {
+	if b {
+		return "on"
+	}
+	return "off"
 }
 
 func yesNo(b bool) string {

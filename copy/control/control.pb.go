@@ -136,8 +136,11 @@ type Disk struct {
 	Graph           string     `protobuf:"bytes,15,opt,name=graph,proto3" json:"graph,omitempty"`     // the disk's stack as text; in DiskShow, DiskAdd and DiskResize only
 	Jobs            []string   `protobuf:"bytes,16,rep,name=jobs,proto3" json:"jobs,omitempty"`       // ids of the jobs on this disk
 	Stats           *DiskStats `protobuf:"bytes,17,opt,name=stats,proto3" json:"stats,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	CopyOnRead      bool       `protobuf:"varint,18,opt,name=copy_on_read,json=copyOnRead,proto3" json:"copy_on_read,omitempty"`
+	// The image the guest uses and those behind it, in order; where graph is.
+	Chain         []*ChainImage `protobuf:"bytes,19,rep,name=chain,proto3" json:"chain,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Disk) Reset() {
@@ -289,6 +292,20 @@ func (x *Disk) GetStats() *DiskStats {
 	return nil
 }
 
+func (x *Disk) GetCopyOnRead() bool {
+	if x != nil {
+		return x.CopyOnRead
+	}
+	return false
+}
+
+func (x *Disk) GetChain() []*ChainImage {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
 type DiskListRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -428,6 +445,7 @@ type DiskAddRequest struct {
 	Serial        string                 `protobuf:"bytes,10,opt,name=serial,proto3" json:"serial,omitempty"`
 	Discard       *bool                  `protobuf:"varint,11,opt,name=discard,proto3,oneof" json:"discard,omitempty"`             // absent: true
 	PollUs        *uint32                `protobuf:"varint,12,opt,name=poll_us,json=pollUs,proto3,oneof" json:"poll_us,omitempty"` // most microseconds of busy-polling before a queue sleeps; absent: 32, 0: none
+	CopyOnRead    bool                   `protobuf:"varint,13,opt,name=copy_on_read,json=copyOnRead,proto3" json:"copy_on_read,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -544,6 +562,13 @@ func (x *DiskAddRequest) GetPollUs() uint32 {
 		return *x.PollUs
 	}
 	return 0
+}
+
+func (x *DiskAddRequest) GetCopyOnRead() bool {
+	if x != nil {
+		return x.CopyOnRead
+	}
+	return false
 }
 
 type DiskRemoveRequest struct {
@@ -2161,6 +2186,206 @@ func (x *CommitRequest) GetId() string {
 	return ""
 }
 
+type DiskSetRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	CopyOnRead    *bool                  `protobuf:"varint,2,opt,name=copy_on_read,json=copyOnRead,proto3,oneof" json:"copy_on_read,omitempty"` // absent: as it is
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiskSetRequest) Reset() {
+	*x = DiskSetRequest{}
+	mi := &file_control_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiskSetRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiskSetRequest) ProtoMessage() {}
+
+func (x *DiskSetRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiskSetRequest.ProtoReflect.Descriptor instead.
+func (*DiskSetRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *DiskSetRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DiskSetRequest) GetCopyOnRead() bool {
+	if x != nil && x.CopyOnRead != nil {
+		return *x.CopyOnRead
+	}
+	return false
+}
+
+// One image of a disk's chain.
+type ChainImage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	Format        string                 `protobuf:"bytes,2,opt,name=format,proto3" json:"format,omitempty"`
+	Size          int64                  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`           // of the virtual disk
+	Allocated     int64                  `protobuf:"varint,4,opt,name=allocated,proto3" json:"allocated,omitempty"` // what its files take on their storage; -1: not known
+	Jobs          []*ChainJob            `protobuf:"bytes,5,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChainImage) Reset() {
+	*x = ChainImage{}
+	mi := &file_control_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChainImage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChainImage) ProtoMessage() {}
+
+func (x *ChainImage) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChainImage.ProtoReflect.Descriptor instead.
+func (*ChainImage) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ChainImage) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *ChainImage) GetFormat() string {
+	if x != nil {
+		return x.Format
+	}
+	return ""
+}
+
+func (x *ChainImage) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *ChainImage) GetAllocated() int64 {
+	if x != nil {
+		return x.Allocated
+	}
+	return 0
+}
+
+func (x *ChainImage) GetJobs() []*ChainJob {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
+// What a job that has not ended does with an image of a chain.
+type ChainJob struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Kind  string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	// source: what the image holds is copied to target; target: it is what is
+	// written to; base: it stays behind the target.
+	Role          string `protobuf:"bytes,3,opt,name=role,proto3" json:"role,omitempty"`
+	Target        string `protobuf:"bytes,4,opt,name=target,proto3" json:"target,omitempty"` // an image of the chain, or one that is not in it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChainJob) Reset() {
+	*x = ChainJob{}
+	mi := &file_control_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChainJob) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChainJob) ProtoMessage() {}
+
+func (x *ChainJob) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChainJob.ProtoReflect.Descriptor instead.
+func (*ChainJob) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ChainJob) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ChainJob) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *ChainJob) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+func (x *ChainJob) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
 var File_control_proto protoreflect.FileDescriptor
 
 const file_control_proto_rawDesc = "" +
@@ -2173,7 +2398,7 @@ const file_control_proto_rawDesc = "" +
 	"\n" +
 	"bytes_read\x18\x04 \x01(\x04R\tbytesRead\x12#\n" +
 	"\rbytes_written\x18\x05 \x01(\x04R\fbytesWritten\x12\x16\n" +
-	"\x06errors\x18\x06 \x01(\x04R\x06errors\"\xc5\x03\n" +
+	"\x06errors\x18\x06 \x01(\x04R\x06errors\"\x97\x04\n" +
 	"\x04Disk\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x16\n" +
@@ -2194,12 +2419,15 @@ const file_control_proto_rawDesc = "" +
 	"\awarning\x18\x0e \x01(\tR\awarning\x12\x14\n" +
 	"\x05graph\x18\x0f \x01(\tR\x05graph\x12\x12\n" +
 	"\x04jobs\x18\x10 \x03(\tR\x04jobs\x12-\n" +
-	"\x05stats\x18\x11 \x01(\v2\x17.blkstream.v1.DiskStatsR\x05stats\"\x11\n" +
+	"\x05stats\x18\x11 \x01(\v2\x17.blkstream.v1.DiskStatsR\x05stats\x12 \n" +
+	"\fcopy_on_read\x18\x12 \x01(\bR\n" +
+	"copyOnRead\x12.\n" +
+	"\x05chain\x18\x13 \x03(\v2\x18.blkstream.v1.ChainImageR\x05chain\"\x11\n" +
 	"\x0fDiskListRequest\"<\n" +
 	"\x10DiskListResponse\x12(\n" +
 	"\x05disks\x18\x01 \x03(\v2\x12.blkstream.v1.DiskR\x05disks\"!\n" +
 	"\x0fDiskShowRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\xdc\x02\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xfe\x02\n" +
 	"\x0eDiskAddRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06socket\x18\x02 \x01(\tR\x06socket\x12\x14\n" +
@@ -2215,7 +2443,9 @@ const file_control_proto_rawDesc = "" +
 	"\x06serial\x18\n" +
 	" \x01(\tR\x06serial\x12\x1d\n" +
 	"\adiscard\x18\v \x01(\bH\x00R\adiscard\x88\x01\x01\x12\x1c\n" +
-	"\apoll_us\x18\f \x01(\rH\x01R\x06pollUs\x88\x01\x01B\n" +
+	"\apoll_us\x18\f \x01(\rH\x01R\x06pollUs\x88\x01\x01\x12 \n" +
+	"\fcopy_on_read\x18\r \x01(\bR\n" +
+	"copyOnReadB\n" +
 	"\n" +
 	"\b_discardB\n" +
 	"\n" +
@@ -2340,7 +2570,25 @@ const file_control_proto_rawDesc = "" +
 	"\x03top\x18\x02 \x01(\tR\x03top\x12\x12\n" +
 	"\x04base\x18\x03 \x01(\tR\x04base\x12\x14\n" +
 	"\x05speed\x18\x04 \x01(\x03R\x05speed\x12\x0e\n" +
-	"\x02id\x18\x05 \x01(\tR\x02id2\xfc\t\n" +
+	"\x02id\x18\x05 \x01(\tR\x02id\"X\n" +
+	"\x0eDiskSetRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12%\n" +
+	"\fcopy_on_read\x18\x02 \x01(\bH\x00R\n" +
+	"copyOnRead\x88\x01\x01B\x0f\n" +
+	"\r_copy_on_read\"\x98\x01\n" +
+	"\n" +
+	"ChainImage\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\x12\x16\n" +
+	"\x06format\x18\x02 \x01(\tR\x06format\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x03R\x04size\x12\x1c\n" +
+	"\tallocated\x18\x04 \x01(\x03R\tallocated\x12*\n" +
+	"\x04jobs\x18\x05 \x03(\v2\x16.blkstream.v1.ChainJobR\x04jobs\"Z\n" +
+	"\bChainJob\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04role\x18\x03 \x01(\tR\x04role\x12\x16\n" +
+	"\x06target\x18\x04 \x01(\tR\x06target2\xb9\n" +
+	"\n" +
 	"\aControl\x12I\n" +
 	"\bDiskList\x12\x1d.blkstream.v1.DiskListRequest\x1a\x1e.blkstream.v1.DiskListResponse\x12=\n" +
 	"\bDiskShow\x12\x1d.blkstream.v1.DiskShowRequest\x1a\x12.blkstream.v1.Disk\x12;\n" +
@@ -2363,7 +2611,8 @@ const file_control_proto_rawDesc = "" +
 	"\x06Stream\x12\x1b.blkstream.v1.StreamRequest\x1a\x11.blkstream.v1.Job\x12F\n" +
 	"\aVersion\x12\x1c.blkstream.v1.VersionRequest\x1a\x1d.blkstream.v1.VersionResponse\x12I\n" +
 	"\bSnapshot\x12\x1d.blkstream.v1.SnapshotRequest\x1a\x1e.blkstream.v1.SnapshotResponse\x128\n" +
-	"\x06Commit\x12\x1b.blkstream.v1.CommitRequest\x1a\x11.blkstream.v1.JobB-Z+github.com/blkstream/blkstream/copy/controlb\x06proto3"
+	"\x06Commit\x12\x1b.blkstream.v1.CommitRequest\x1a\x11.blkstream.v1.Job\x12;\n" +
+	"\aDiskSet\x12\x1c.blkstream.v1.DiskSetRequest\x1a\x12.blkstream.v1.DiskB-Z+github.com/blkstream/blkstream/copy/controlb\x06proto3"
 
 var (
 	file_control_proto_rawDescOnce sync.Once
@@ -2377,7 +2626,7 @@ func file_control_proto_rawDescGZIP() []byte {
 	return file_control_proto_rawDescData
 }
 
-var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_control_proto_goTypes = []any{
 	(*DiskStats)(nil),          // 0: blkstream.v1.DiskStats
 	(*Disk)(nil),               // 1: blkstream.v1.Disk
@@ -2411,58 +2660,65 @@ var file_control_proto_goTypes = []any{
 	(*SnapshotResponse)(nil),   // 29: blkstream.v1.SnapshotResponse
 	(*SnapshotTaken)(nil),      // 30: blkstream.v1.SnapshotTaken
 	(*CommitRequest)(nil),      // 31: blkstream.v1.CommitRequest
+	(*DiskSetRequest)(nil),     // 32: blkstream.v1.DiskSetRequest
+	(*ChainImage)(nil),         // 33: blkstream.v1.ChainImage
+	(*ChainJob)(nil),           // 34: blkstream.v1.ChainJob
 }
 var file_control_proto_depIdxs = []int32{
 	0,  // 0: blkstream.v1.Disk.stats:type_name -> blkstream.v1.DiskStats
-	1,  // 1: blkstream.v1.DiskListResponse.disks:type_name -> blkstream.v1.Disk
-	9,  // 2: blkstream.v1.SwitchResponse.job:type_name -> blkstream.v1.Job
-	9,  // 3: blkstream.v1.JobListResponse.jobs:type_name -> blkstream.v1.Job
-	9,  // 4: blkstream.v1.JobEvent.job:type_name -> blkstream.v1.Job
-	28, // 5: blkstream.v1.SnapshotRequest.disks:type_name -> blkstream.v1.SnapshotDisk
-	30, // 6: blkstream.v1.SnapshotResponse.taken:type_name -> blkstream.v1.SnapshotTaken
-	2,  // 7: blkstream.v1.Control.DiskList:input_type -> blkstream.v1.DiskListRequest
-	4,  // 8: blkstream.v1.Control.DiskShow:input_type -> blkstream.v1.DiskShowRequest
-	5,  // 9: blkstream.v1.Control.DiskAdd:input_type -> blkstream.v1.DiskAddRequest
-	6,  // 10: blkstream.v1.Control.DiskRemove:input_type -> blkstream.v1.DiskRemoveRequest
-	8,  // 11: blkstream.v1.Control.DiskResize:input_type -> blkstream.v1.DiskResizeRequest
-	10, // 12: blkstream.v1.Control.Copy:input_type -> blkstream.v1.CopyRequest
-	11, // 13: blkstream.v1.Control.Switch:input_type -> blkstream.v1.SwitchRequest
-	13, // 14: blkstream.v1.Control.JobList:input_type -> blkstream.v1.JobListRequest
-	15, // 15: blkstream.v1.Control.JobShow:input_type -> blkstream.v1.JobShowRequest
-	16, // 16: blkstream.v1.Control.JobWatch:input_type -> blkstream.v1.JobWatchRequest
-	18, // 17: blkstream.v1.Control.JobPause:input_type -> blkstream.v1.JobPauseRequest
-	19, // 18: blkstream.v1.Control.JobResume:input_type -> blkstream.v1.JobResumeRequest
-	20, // 19: blkstream.v1.Control.JobCancel:input_type -> blkstream.v1.JobCancelRequest
-	21, // 20: blkstream.v1.Control.JobSpeed:input_type -> blkstream.v1.JobSpeedRequest
-	22, // 21: blkstream.v1.Control.JobDismiss:input_type -> blkstream.v1.JobDismissRequest
-	24, // 22: blkstream.v1.Control.Stream:input_type -> blkstream.v1.StreamRequest
-	25, // 23: blkstream.v1.Control.Version:input_type -> blkstream.v1.VersionRequest
-	27, // 24: blkstream.v1.Control.Snapshot:input_type -> blkstream.v1.SnapshotRequest
-	31, // 25: blkstream.v1.Control.Commit:input_type -> blkstream.v1.CommitRequest
-	3,  // 26: blkstream.v1.Control.DiskList:output_type -> blkstream.v1.DiskListResponse
-	1,  // 27: blkstream.v1.Control.DiskShow:output_type -> blkstream.v1.Disk
-	1,  // 28: blkstream.v1.Control.DiskAdd:output_type -> blkstream.v1.Disk
-	7,  // 29: blkstream.v1.Control.DiskRemove:output_type -> blkstream.v1.DiskRemoveResponse
-	1,  // 30: blkstream.v1.Control.DiskResize:output_type -> blkstream.v1.Disk
-	9,  // 31: blkstream.v1.Control.Copy:output_type -> blkstream.v1.Job
-	12, // 32: blkstream.v1.Control.Switch:output_type -> blkstream.v1.SwitchResponse
-	14, // 33: blkstream.v1.Control.JobList:output_type -> blkstream.v1.JobListResponse
-	9,  // 34: blkstream.v1.Control.JobShow:output_type -> blkstream.v1.Job
-	17, // 35: blkstream.v1.Control.JobWatch:output_type -> blkstream.v1.JobEvent
-	9,  // 36: blkstream.v1.Control.JobPause:output_type -> blkstream.v1.Job
-	9,  // 37: blkstream.v1.Control.JobResume:output_type -> blkstream.v1.Job
-	9,  // 38: blkstream.v1.Control.JobCancel:output_type -> blkstream.v1.Job
-	9,  // 39: blkstream.v1.Control.JobSpeed:output_type -> blkstream.v1.Job
-	23, // 40: blkstream.v1.Control.JobDismiss:output_type -> blkstream.v1.JobDismissResponse
-	9,  // 41: blkstream.v1.Control.Stream:output_type -> blkstream.v1.Job
-	26, // 42: blkstream.v1.Control.Version:output_type -> blkstream.v1.VersionResponse
-	29, // 43: blkstream.v1.Control.Snapshot:output_type -> blkstream.v1.SnapshotResponse
-	9,  // 44: blkstream.v1.Control.Commit:output_type -> blkstream.v1.Job
-	26, // [26:45] is the sub-list for method output_type
-	7,  // [7:26] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	33, // 1: blkstream.v1.Disk.chain:type_name -> blkstream.v1.ChainImage
+	1,  // 2: blkstream.v1.DiskListResponse.disks:type_name -> blkstream.v1.Disk
+	9,  // 3: blkstream.v1.SwitchResponse.job:type_name -> blkstream.v1.Job
+	9,  // 4: blkstream.v1.JobListResponse.jobs:type_name -> blkstream.v1.Job
+	9,  // 5: blkstream.v1.JobEvent.job:type_name -> blkstream.v1.Job
+	28, // 6: blkstream.v1.SnapshotRequest.disks:type_name -> blkstream.v1.SnapshotDisk
+	30, // 7: blkstream.v1.SnapshotResponse.taken:type_name -> blkstream.v1.SnapshotTaken
+	34, // 8: blkstream.v1.ChainImage.jobs:type_name -> blkstream.v1.ChainJob
+	2,  // 9: blkstream.v1.Control.DiskList:input_type -> blkstream.v1.DiskListRequest
+	4,  // 10: blkstream.v1.Control.DiskShow:input_type -> blkstream.v1.DiskShowRequest
+	5,  // 11: blkstream.v1.Control.DiskAdd:input_type -> blkstream.v1.DiskAddRequest
+	6,  // 12: blkstream.v1.Control.DiskRemove:input_type -> blkstream.v1.DiskRemoveRequest
+	8,  // 13: blkstream.v1.Control.DiskResize:input_type -> blkstream.v1.DiskResizeRequest
+	10, // 14: blkstream.v1.Control.Copy:input_type -> blkstream.v1.CopyRequest
+	11, // 15: blkstream.v1.Control.Switch:input_type -> blkstream.v1.SwitchRequest
+	13, // 16: blkstream.v1.Control.JobList:input_type -> blkstream.v1.JobListRequest
+	15, // 17: blkstream.v1.Control.JobShow:input_type -> blkstream.v1.JobShowRequest
+	16, // 18: blkstream.v1.Control.JobWatch:input_type -> blkstream.v1.JobWatchRequest
+	18, // 19: blkstream.v1.Control.JobPause:input_type -> blkstream.v1.JobPauseRequest
+	19, // 20: blkstream.v1.Control.JobResume:input_type -> blkstream.v1.JobResumeRequest
+	20, // 21: blkstream.v1.Control.JobCancel:input_type -> blkstream.v1.JobCancelRequest
+	21, // 22: blkstream.v1.Control.JobSpeed:input_type -> blkstream.v1.JobSpeedRequest
+	22, // 23: blkstream.v1.Control.JobDismiss:input_type -> blkstream.v1.JobDismissRequest
+	24, // 24: blkstream.v1.Control.Stream:input_type -> blkstream.v1.StreamRequest
+	25, // 25: blkstream.v1.Control.Version:input_type -> blkstream.v1.VersionRequest
+	27, // 26: blkstream.v1.Control.Snapshot:input_type -> blkstream.v1.SnapshotRequest
+	31, // 27: blkstream.v1.Control.Commit:input_type -> blkstream.v1.CommitRequest
+	32, // 28: blkstream.v1.Control.DiskSet:input_type -> blkstream.v1.DiskSetRequest
+	3,  // 29: blkstream.v1.Control.DiskList:output_type -> blkstream.v1.DiskListResponse
+	1,  // 30: blkstream.v1.Control.DiskShow:output_type -> blkstream.v1.Disk
+	1,  // 31: blkstream.v1.Control.DiskAdd:output_type -> blkstream.v1.Disk
+	7,  // 32: blkstream.v1.Control.DiskRemove:output_type -> blkstream.v1.DiskRemoveResponse
+	1,  // 33: blkstream.v1.Control.DiskResize:output_type -> blkstream.v1.Disk
+	9,  // 34: blkstream.v1.Control.Copy:output_type -> blkstream.v1.Job
+	12, // 35: blkstream.v1.Control.Switch:output_type -> blkstream.v1.SwitchResponse
+	14, // 36: blkstream.v1.Control.JobList:output_type -> blkstream.v1.JobListResponse
+	9,  // 37: blkstream.v1.Control.JobShow:output_type -> blkstream.v1.Job
+	17, // 38: blkstream.v1.Control.JobWatch:output_type -> blkstream.v1.JobEvent
+	9,  // 39: blkstream.v1.Control.JobPause:output_type -> blkstream.v1.Job
+	9,  // 40: blkstream.v1.Control.JobResume:output_type -> blkstream.v1.Job
+	9,  // 41: blkstream.v1.Control.JobCancel:output_type -> blkstream.v1.Job
+	9,  // 42: blkstream.v1.Control.JobSpeed:output_type -> blkstream.v1.Job
+	23, // 43: blkstream.v1.Control.JobDismiss:output_type -> blkstream.v1.JobDismissResponse
+	9,  // 44: blkstream.v1.Control.Stream:output_type -> blkstream.v1.Job
+	26, // 45: blkstream.v1.Control.Version:output_type -> blkstream.v1.VersionResponse
+	29, // 46: blkstream.v1.Control.Snapshot:output_type -> blkstream.v1.SnapshotResponse
+	9,  // 47: blkstream.v1.Control.Commit:output_type -> blkstream.v1.Job
+	1,  // 48: blkstream.v1.Control.DiskSet:output_type -> blkstream.v1.Disk
+	29, // [29:49] is the sub-list for method output_type
+	9,  // [9:29] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_control_proto_init() }
@@ -2471,13 +2727,14 @@ func file_control_proto_init() {
 		return
 	}
 	file_control_proto_msgTypes[5].OneofWrappers = []any{}
+	file_control_proto_msgTypes[32].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_proto_rawDesc), len(file_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   32,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

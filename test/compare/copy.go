@@ -86,6 +86,8 @@ func (b *bench) endJob() error {
 type jobInfo struct {
 	Stage string `json:"stage"`
 	State string `json:"state"`
+
+	Message string `json:"message"`
 }
 
 // job shows job j.

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -16,19 +17,11 @@ func (b *bench) footprint() error {
 		return nil
 	}
 	image := b.path("huge")
-	f, err := os.Create(image)
+	size, err := huge(image)
 	if err != nil {
 		return err
 	}
 	defer os.Remove(image)
-	defer f.Close()
-	size := int64(16) << 40
-	if f.Truncate(size) != nil { // ext4's limit is a block below
-		size -= 1 << 20
-		if err := f.Truncate(size); err != nil {
-			return err
-		}
-	}
 	var starts, rss []float64
 	for range b.runs {
 		begin := time.Now()
@@ -48,6 +41,20 @@ func (b *bench) footprint() error {
 	fmt.Printf("\na disk of %.1f TiB is served %.0f ms after the start; %.1f MiB resident when idle\n",
 		float64(size)/(1<<40), median(starts), median(rss))
 	return nil
+}
+
+// huge makes a sparse file of 16 TiB, or as near as the file system allows.
+func huge(path string) (size int64, err error) {
+	f, err := os.Create(path)
+	if err != nil {
+		return 0, err
+	}
+	size = 16 << 40
+	if f.Truncate(size) != nil { // ext4's limit is a block below
+		size -= 1 << 20
+		err = f.Truncate(size)
+	}
+	return size, errors.Join(err, f.Close())
 }
 
 // resident is a process's resident memory, KiB.

@@ -6,6 +6,7 @@
 //   - table.go: requests against qemu-storage-daemon
 //   - chain.go: reads of long chains against those of one image
 //   - copy.go: the bulk copy against dd, and what a guest notices of a copy
+//   - stream.go: streaming and copy on read against qemu-storage-daemon, and the copy that switches first
 //   - footprint.go: memory, and the start with a huge disk
 package main
 
@@ -18,6 +19,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -64,7 +66,7 @@ func (b *bench) run() (err error) {
 		return fmt.Errorf("build: %w: %s", err, out)
 	}
 	fmt.Printf("medians of %d runs in turn\n", b.runs)
-	return errors.Join(b.table(), b.chains(), b.copies(), b.footprint())
+	return errors.Join(b.table(), b.chains(), b.copies(), b.streams(), b.footprint())
 }
 
 func (b *bench) path(name string) string { return filepath.Join(b.dir, name) }
@@ -98,10 +100,10 @@ func (s *server) stop() {
 	s.Wait()                       //nolint:errcheck // a signal ends it
 }
 
-// blkstreamd serves one image.
-func (b *bench) blkstreamd(image, format, cache string) (*server, error) {
-	text := fmt.Sprintf("[daemon]\ncontrol = %q\nstate_dir = %q\n[[disk]]\nid = \"d\"\nsocket = %q\nimage = %q\nformat = %q\ncache = %q\n",
-		b.path("control"), b.path("state"), b.path("s"), image, format, cache)
+// blkstreamd serves one image. keys are further ones of the disk.
+func (b *bench) blkstreamd(image, format, cache string, keys ...string) (*server, error) {
+	text := fmt.Sprintf("[daemon]\ncontrol = %q\nstate_dir = %q\n[[disk]]\nid = \"d\"\nsocket = %q\nimage = %q\nformat = %q\ncache = %q\n%s\n",
+		b.path("control"), b.path("state"), b.path("s"), image, format, cache, strings.Join(keys, "\n"))
 	if err := errors.Join(os.WriteFile(b.path("c.toml"), []byte(text), 0o600), os.RemoveAll(b.path("state"))); err != nil {
 		return nil, err
 	}

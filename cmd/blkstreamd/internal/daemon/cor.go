@@ -14,16 +14,60 @@ import (
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/cor"
 	"github.com/blkstream/blkstream/blk/image"
+	"github.com/blkstream/blkstream/copy/control"
 )
 
-// Copy on read: a filter over the disk's image as long as there are images behind it, if the configuration asks for it.
+// Copy on read: a filter over the disk's image as long as there are images behind it, if the configuration or, at run
+// time, somebody asks for it.
 
 // over is what the guest's requests enter of an image.
 func (k *disk) over(img *image.Image) blk.Node {
-	if !k.spec.CopyOnRead || img.Lower == nil {
+	if !k.copyOnRead() || img.Lower == nil {
 		return img.Root
 	}
 	return cor.New(img.Root, img.Chain[0].Header.ClusterSize(), k.corFailed)
+}
+
+func (k *disk) copyOnRead() bool {
+	if on := k.record().CopyOnRead; on != nil {
+		return *on
+	}
+	return k.spec.CopyOnRead
+}
+
+// setCopyOnRead switches copy on read of a running disk. It is recorded, so that it stays after a restart.
+func (k *disk) setCopyOnRead(ctx context.Context, on bool) error {
+	if j := k.d.jobs.OnDisk(k.spec.ID); j != nil {
+		return control.Errorf(control.ErrPrecondition, "job %s works on disk %q: wait for its end or cancel it", j.Record().ID, k.spec.ID)
+	}
+	if on {
+		spec := k.spec
+		spec.Format, spec.CopyOnRead = k.record().Format, true
+		if err := spec.Validate(); err != nil {
+			return control.Errorf(control.ErrPrecondition, "%w", err)
+		}
+	}
+	return k.graph.Change(ctx, func(tx *blk.Tx) error {
+		if withoutCopyOnRead(tx.Root()) != k.image().Root {
+			return control.Errorf(control.ErrPrecondition, "disk %q: a job's filter could not be removed", k.spec.ID)
+		}
+		if err := k.recordCopyOnRead(on); err != nil {
+			return err
+		}
+		tx.SetRoot(k.over(k.image()))
+		return nil
+	})
+}
+
+func (k *disk) recordCopyOnRead(on bool) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	r := k.rec
+	r.CopyOnRead = nil
+	if on != k.spec.CopyOnRead {
+		r.CopyOnRead = &on
+	}
+	return k.saveLocked(r)
 }
 
 func withoutCopyOnRead(root blk.Node) blk.Node {
@@ -36,7 +80,7 @@ func withoutCopyOnRead(root blk.Node) blk.Node {
 // pauseCopyOnRead runs a job that reads all of the disk, which is not to fill the image that it copies. Afterwards copy
 // on read is over the image that the disk is on then.
 func (k *disk) pauseCopyOnRead(ctx context.Context, run func() error) error {
-	if !k.spec.CopyOnRead {
+	if !k.copyOnRead() {
 		return run()
 	}
 	err := k.graph.Change(ctx, func(tx *blk.Tx) error {

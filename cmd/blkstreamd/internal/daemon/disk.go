@@ -41,6 +41,8 @@ type record struct {
 	// CacheOff: the guest has switched the write cache off. It does not flush then, and its front-end does not tell a
 	// daemon that comes back.
 	CacheOff bool `json:"cache_off,omitempty"`
+	// CopyOnRead is what was chosen at run time. It counts until the specification says the same.
+	CopyOnRead *bool `json:"copy_on_read,omitempty"`
 	// Added is the whole specification of a disk that was added at run time.
 	Added *config.Disk `json:"added,omitempty"`
 }
@@ -78,6 +80,12 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 		return err
 	}
 	r.Added = nil
+	if r.CopyOnRead != nil && *r.CopyOnRead == spec.CopyOnRead {
+		r.CopyOnRead = nil
+		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
+			return err
+		}
+	}
 	switch {
 	case found && spec.Image != r.Image && slices.Contains(r.Moved, spec.Image):
 		// Served from where it was moved to; warning says so.
@@ -91,7 +99,7 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 		return fmt.Errorf("%s:%d: disk %q was moved to %s, which is %s, but the configuration says %s: write format = %q",
 			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, r.Format, spec.Format, r.Format)
 	default:
-		r = record{Image: spec.Image, Format: spec.Format, CacheOff: r.CacheOff}
+		r = record{Image: spec.Image, Format: spec.Format, CacheOff: r.CacheOff, CopyOnRead: r.CopyOnRead}
 		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
 			return err
 		}
@@ -353,7 +361,9 @@ func (k *disk) stop() error {
 	if withoutCopyOnRead(root) != k.image().Root {
 		return errors.Join(err, fmt.Errorf("disk %q: a job's filter could not be removed, its images stay open", k.spec.ID))
 	}
-	return errors.Join(err, k.image().Close())
+	k.mu.Lock() // somebody may still be drawing its chain
+	defer k.mu.Unlock()
+	return errors.Join(err, k.img.Close())
 }
 
 func (k *disk) image() *image.Image {
@@ -384,12 +394,15 @@ func (r record) move(image, format string) record {
 	return r
 }
 
-// moveTo records durably that the disk is on another image. If the journal fails half-way the old record is
-// written again, so that there is no doubt.
+// moveTo records durably that the disk is on another image.
 func (k *disk) moveTo(image, format string) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	r := k.rec.move(image, format)
+	return k.saveLocked(k.rec.move(image, format))
+}
+
+// saveLocked replaces the record. If the journal fails half-way the old one is written again, so that there is no doubt.
+func (k *disk) saveLocked(r record) error {
 	if err := k.d.store.Save(recordKind, k.spec.ID, &r); err != nil {
 		return errors.Join(err, k.d.store.Save(recordKind, k.spec.ID, &k.rec))
 	}
@@ -406,11 +419,7 @@ func (k *disk) keepCache(on bool) error {
 	}
 	r := k.rec
 	r.CacheOff = !on
-	if err := k.d.store.Save(recordKind, k.spec.ID, &r); err != nil {
-		return err
-	}
-	k.rec = r
-	return nil
+	return k.saveLocked(r)
 }
 
 // warning says what the operator should know or do: what to change after a switch, and what is wrong with the image.
@@ -426,6 +435,10 @@ func (k *disk) warning() string {
 			w += fmt.Sprintf(" and backing = [%s]", strings.Join(l, ", "))
 		}
 		all = append(all, w)
+	}
+	if r := k.record(); r.Added == nil && r.CopyOnRead != nil && r.Format != image.Raw {
+		all = append(all, fmt.Sprintf("copy on read was switched at run time: write copy_on_read = %v for the disk at line %d of %s",
+			*r.CopyOnRead, k.d.file.ImageLine(k.spec.ID), k.d.file.Path))
 	}
 	if w := k.notCopied.warning(); w != "" {
 		all = append(all, w)

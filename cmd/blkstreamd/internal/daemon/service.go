@@ -56,7 +56,7 @@ func (s *service) disk(k *disk) *control.Disk {
 	o := &control.Disk{
 		Id: k.spec.ID, Image: rec.Image, Format: rec.Format, Socket: k.spec.Socket, Size: k.dev.Size(),
 		Queues: uint32(k.spec.Queues), QueueSize: uint32(k.spec.QueueSize), ReadOnly: k.spec.ReadOnly, Cache: k.spec.Cache,
-		BlockSize: uint32(k.spec.BlockSize), Serial: k.spec.Serial, State: "idle", Warning: k.warning(),
+		BlockSize: uint32(k.spec.BlockSize), Serial: k.spec.Serial, State: "idle", Warning: k.warning(), CopyOnRead: k.copyOnRead(),
 		Stats: &control.DiskStats{
 			Reads: st.Reads, Writes: st.Writes, Flushes: st.Flushes,
 			BytesRead: st.BytesRead, BytesWritten: st.BytesWritten, Errors: st.Errors,
@@ -80,7 +80,7 @@ func (s *service) disk(k *disk) *control.Disk {
 
 func (s *service) show(k *disk) *control.Disk {
 	o := s.disk(k)
-	o.Graph = k.graph.String()
+	o.Graph, o.Chain = k.graph.String(), s.chain(k)
 	return o
 }
 
@@ -97,7 +97,7 @@ func (s *service) DiskAdd(_ context.Context, r *control.DiskAddRequest) (*contro
 	defer s.d.changes.Unlock()
 	spec := config.NewDisk()
 	spec.ID, spec.Socket, spec.Image, spec.Format = r.Id, r.Socket, r.Image, r.Format
-	spec.ReadOnly, spec.Serial = r.ReadOnly, r.Serial
+	spec.ReadOnly, spec.Serial, spec.CopyOnRead = r.ReadOnly, r.Serial, r.CopyOnRead
 	if r.Queues != 0 {
 		spec.Queues = int(r.Queues)
 	}
@@ -142,6 +142,23 @@ func (s *service) DiskAdd(_ context.Context, r *control.DiskAddRequest) (*contro
 	rec = k.record() // a guest may have changed it already
 	if err := s.d.store.Save(recordKind, spec.ID, &rec); err != nil {
 		return nil, errors.Join(err, k.stop())
+	}
+	return s.show(k), nil
+}
+
+func (s *service) DiskSet(ctx context.Context, r *control.DiskSetRequest) (*control.Disk, error) {
+	s.d.changes.Lock()
+	defer s.d.changes.Unlock()
+	k, err := s.d.find(r.Id)
+	if err != nil {
+		return nil, err
+	}
+	if r.CopyOnRead != nil && *r.CopyOnRead != k.copyOnRead() {
+		ctx, cancel := context.WithTimeout(ctx, changeWait)
+		defer cancel()
+		if err := k.setCopyOnRead(ctx, *r.CopyOnRead); err != nil {
+			return nil, err
+		}
 	}
 	return s.show(k), nil
 }

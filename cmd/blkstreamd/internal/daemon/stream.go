@@ -196,9 +196,13 @@ func (d *Daemon) copyByStream(k *disk, r job.Record) (*job.Job, error) {
 func (d *Daemon) switchFirst(ctx context.Context, k *disk, j *job.Job) (stream.Setup, error) {
 	r := j.Record()
 	j.Update(func(r *job.Record) { r.Stage = job.StageSwitch })
-	if _, err := d.cover(ctx, []*cover{newCover(k, r.Target)}, false); err != nil {
+	held, err := d.cover(ctx, []*cover{newCover(k, r.Target)}, false)
+	if err != nil {
 		return stream.Setup{}, err
 	}
+	j.Update(func(r *job.Record) {
+		r.Message = fmt.Sprintf("the guest is on the target; it was held for %.2f ms", float64(held.Microseconds())/1000)
+	})
 	d.opts.Log.Info("copy by stream: the guest is on the target", "job", r.ID, "disk", r.Disk, "target", r.Target)
 	return streamSetup(k, r.Base)
 }

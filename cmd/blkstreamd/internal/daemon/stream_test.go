@@ -15,6 +15,7 @@ import (
 	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/blk/qcow2"
+	"github.com/blkstream/blkstream/config"
 	"github.com/blkstream/blkstream/copy/control"
 	"github.com/blkstream/blkstream/copy/job"
 )
@@ -97,6 +98,111 @@ func TestCopyOnRead(t *testing.T) {
 	}
 	b.holds("a", 7)
 	b.must(d.Stop())
+}
+
+// Copy on read is switched while the guest runs, and stays as it was chosen until the configuration says the same.
+func TestCopyOnReadSwitched(t *testing.T) {
+	b := newBed(t)
+	b.layered(7)
+	b.over("ro.qcow2", "base.raw", image.Raw)
+	plain := b.image("plain")
+	configured := func(keys ...string) *config.File {
+		return b.load("", b.layeredDisk("a", "top.qcow2", keys...), b.disk("plain", plain),
+			b.layeredDisk("ro", "ro.qcow2", "read_only = true"))
+	}
+	off := configured()
+	d, c := b.start(off)
+	set := func(id string, on bool) (*control.Disk, error) {
+		return c.DiskSet(b.Context(), &control.DiskSetRequest{Id: id, CopyOnRead: &on})
+	}
+	check := func(on bool, warning string) {
+		t.Helper()
+		k, err := c.DiskShow(b.Context(), &control.DiskShowRequest{Id: "a"})
+		b.must(err)
+		if k.CopyOnRead != on || strings.HasPrefix(k.Graph, "copy-on-read") != on || (warning == "") != (k.Warning == "") || !strings.Contains(k.Warning, warning) {
+			t.Errorf("copy on read should be %v: %v", on, k)
+		}
+	}
+	g := b.guest("a")
+	read := func(cluster int64, held int64) {
+		t.Helper()
+		_, err := g.ReadAt(make([]byte, 512), cluster<<16)
+		b.must(err)
+		if n := b.held("top.qcow2"); n != held<<16 {
+			t.Errorf("the image holds %d bytes, want %d clusters", n, held)
+		}
+	}
+	check(false, "")
+	read(0, 0)
+	k, err := set("a", true)
+	b.must(err)
+	if !k.CopyOnRead {
+		t.Errorf("switched on: %v", k)
+	}
+	check(true, "copy_on_read = true")
+	read(1, 1)
+	_, err = set("a", false)
+	b.must(err)
+	check(false, "")
+	read(2, 1)
+	_, err = set("a", true)
+	b.must(err)
+	b.must(g.Close())
+	_, err = b.snapshot(c, "a", b.path("over.qcow2")) // the record of another image
+	b.must(err)
+	check(true, "copy_on_read = true")
+	b.stop(d)
+
+	d, c = b.start(off)
+	check(true, "copy_on_read = true")
+	_, err = set("plain", true)
+	b.wants(err, control.ErrPrecondition, "raw")
+	_, err = set("ro", true)
+	b.wants(err, control.ErrPrecondition, "read-only")
+	_, err = set("nope", true)
+	b.wants(err, control.ErrNotFound, "nope")
+	_, err = c.Stream(b.Context(), &control.StreamRequest{Disk: "a", Id: "s", Speed: 1})
+	b.must(err)
+	_, err = set("a", false)
+	b.wants(err, control.ErrPrecondition, "job s works")
+	_, err = c.JobCancel(b.Context(), &control.JobCancelRequest{Id: "s"})
+	b.must(err)
+	check(true, "copy_on_read = true")
+	b.stop(d)
+
+	// The configuration says so, too: from now on it counts again.
+	d, c = b.start(configured("copy_on_read = true"))
+	check(true, "over.qcow2")
+	b.stop(d)
+	d, c = b.start(off)
+	check(false, "over.qcow2")
+	b.stop(d)
+}
+
+// A disk that is added at run time has copy on read from the beginning, if asked to.
+func TestCopyOnReadAdded(t *testing.T) {
+	b := newBed(t)
+	b.layered(7)
+	f := b.load("", b.disk("plain", b.image("plain")))
+	d, c := b.start(f)
+	k, err := c.DiskAdd(b.Context(), &control.DiskAddRequest{
+		Id: "a", Socket: b.path("a.sock"), Image: b.path("top.qcow2"), Format: image.Qcow2, Cache: "writeback", CopyOnRead: true,
+	})
+	b.must(err)
+	if !k.CopyOnRead || !strings.HasPrefix(k.Graph, "copy-on-read") {
+		t.Errorf("added: %v", k)
+	}
+	off := false
+	_, err = c.DiskSet(b.Context(), &control.DiskSetRequest{Id: "a", CopyOnRead: &off})
+	b.must(err)
+	b.stop(d)
+	d, c = b.start(f)
+	k, err = c.DiskShow(b.Context(), &control.DiskShowRequest{Id: "a"})
+	b.must(err)
+	if k.CopyOnRead || strings.HasPrefix(k.Graph, "copy-on-read") || k.Warning != "" {
+		t.Errorf("switched off, after a restart: %v", k)
+	}
+	b.stop(d)
 }
 
 // A copy on read that fails is the operator's business and not the guest's.
