@@ -16,7 +16,6 @@ import (
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/image"
-	"github.com/blkstream/blkstream/blk/qcow2"
 	"github.com/blkstream/blkstream/copy/control"
 	"github.com/blkstream/blkstream/copy/job"
 )
@@ -143,11 +142,12 @@ func snapshot(w *world, rng *rand.Rand) *command {
 	path := filepath.Join(w.dir, w.name("overlay"))
 	existing := rng.IntN(2) == 0
 	if existing {
-		o := qcow2.CreateOptions{
-			Size: int64(len(w.model)), BackingFile: w.chain[0].path, BackingFormat: w.chain[0].format, ClusterSize: pick(rng, clusters...),
+		cluster := pick(rng, clusters...)
+		o := fmt.Sprintf("cluster_size=%d,extended_l2=%v", cluster, cluster >= 64<<10 && rng.IntN(2) == 0)
+		args := []string{"create", "-q", "-u", "-f", "qcow2", "-o", o, "-b", w.chain[0].path, "-F", w.chain[0].format, path, fmt.Sprint(len(w.model))}
+		if out, err := exec.Command("qemu-img", args...).CombinedOutput(); err != nil {
+			w.Fatalf("qemu-img %v: %v: %s", args, err, out)
 		}
-		o.ExtendedL2 = o.ClusterSize >= 64<<10 && rng.IntN(2) == 0
-		w.must(image.Create(w.Context(), path, image.CreateOptions{Format: image.Qcow2, Unopened: true, CreateOptions: o}))
 	}
 	return &command{
 		what: fmt.Sprintf("snapshot %s, existing %v", path, existing), moves: path,

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/blk/qcow2"
 	"github.com/blkstream/blkstream/copy/control"
@@ -61,24 +62,30 @@ type world struct {
 	ended map[string]string // the states of jobs that are listed still
 }
 
-// contents are those of one instant while a batch of requests was carried out: each sector as it was before or as after,
-// and anything where a discard was among them.
+// contents are those of one instant while the guest wrote: each sector is as in one of these states of the disk, which
+// followed each other, or anything where a discard was on the way.
 type contents struct {
-	before, after []byte
-	any           map[int64]bool
+	states [][]byte
+	any    map[int64]bool // by the sector's offset
+}
+
+func (s *contents) discarded(batch []request) {
+	for _, r := range batch {
+		for off := r.off; r.op == blk.OpDiscard && off < r.off+r.n; off += blk.SectorSize {
+			s.any[off] = true
+		}
+	}
 }
 
 func (s *contents) allows(got []byte) error {
-	if len(got) != len(s.before) {
-		return fmt.Errorf("%d bytes, want %d", len(got), len(s.before))
-	}
-	if bytes.Equal(got, s.after) {
-		return nil
+	last := s.states[len(s.states)-1]
+	if len(got) != len(last) {
+		return fmt.Errorf("%d bytes, want %d", len(got), len(last))
 	}
 	for off := 0; off < len(got); off += blk.SectorSize {
 		b := got[off : off+blk.SectorSize]
-		if !bytes.Equal(b, s.before[off:off+blk.SectorSize]) && !bytes.Equal(b, s.after[off:off+blk.SectorSize]) && !s.any[int64(off)] {
-			return fmt.Errorf("the sector at %#x holds %x…, want %x…", off, b[:8], s.after[off:off+8])
+		if !slices.ContainsFunc(s.states, func(state []byte) bool { return bytes.Equal(b, state[off:off+blk.SectorSize]) }) && !s.any[int64(off)] {
+			return fmt.Errorf("the sector at %#x holds %x…, want %x…", off, b[:8], last[off:off+8])
 		}
 	}
 	return nil
@@ -178,14 +185,17 @@ func (w *world) build(s setting) {
 			o.BackingFile, o.BackingFormat = filepath.Base(w.chain[0].path), w.chain[0].format
 			w.behind[l.path] = w.chain[0].path
 		}
-		w.must(image.Create(w.Context(), l.path, o))
+		w.must(patiently(func() error { return image.Create(w.Context(), l.path, o) }))
 		w.chain = append([]layer{l}, w.chain...)
 		w.files = append(w.files, l)
 	}
 	for i := range s.layers {
 		l := w.chain[len(w.chain)-1-i]
-		g, err := image.Open(task, l.path, l.format, image.Options{NoSync: true})
-		w.must(err)
+		var g *image.Image
+		w.must(patiently(func() (err error) {
+			g, err = image.Open(task, l.path, l.format, image.Options{NoSync: true})
+			return err
+		}))
 		end := g.Root.Info().Size
 		for off := int64(0); off < end; off += piece {
 			n := min(piece, end-off)
@@ -207,6 +217,16 @@ func (w *world) build(s setting) {
 			w.fill(task, g.Root)
 		}
 		w.must(g.Close())
+	}
+}
+
+// patiently opens files. A child has ours open until it becomes another program, and with them our locks.
+func patiently(open func() error) error {
+	for {
+		if err := open(); !errors.Is(err, file.ErrInUse) {
+			return err
+		}
+		time.Sleep(time.Millisecond)
 	}
 }
 
@@ -278,30 +298,23 @@ func (w *world) stop() {
 	w.c.Close()
 }
 
-// during carries out the batches one after the other while fn runs. It is what the disk may hold meanwhile, if there is
-// at most one batch.
+// during carries out the batches one after the other while fn runs, and returns what the disk may have held meanwhile.
 func (w *world) during(batches [][]request, fn func()) contents {
 	w.Helper()
-	s := contents{before: bytes.Clone(w.model), any: map[int64]bool{}}
+	s := contents{states: [][]byte{bytes.Clone(w.model)}, any: map[int64]bool{}}
 	done := make(chan struct{})
 	var failed error
 	go func() {
 		defer close(done)
 		for _, b := range batches {
 			failed = errors.Join(failed, w.carryOut(b))
+			s.discarded(b)
+			s.states = append(s.states, bytes.Clone(w.model))
 		}
 	}()
 	fn()
 	w.wait("requests of the guest", done)
 	w.must(failed)
-	for _, b := range batches {
-		for _, r := range b {
-			for off := r.off; r.op == blk.OpDiscard && off < r.off+r.n; off += blk.SectorSize {
-				s.any[off] = true
-			}
-		}
-	}
-	s.after = bytes.Clone(w.model)
 	return s
 }
 
@@ -364,7 +377,7 @@ func (w *world) check() {
 	}()
 	w.wait("a read of the disk", done)
 	w.must(err)
-	s := contents{before: w.model, after: w.model}
+	s := contents{states: [][]byte{w.model}}
 	if err := s.allows(got); err != nil {
 		w.Fatalf("the disk: %v", err)
 	}
@@ -390,20 +403,19 @@ func (w *world) lose(batch []request, delay time.Duration) {
 	w.wait("requests of a guest that has gone", done)
 	w.start()
 	w.dial()
-	unsure := contents{before: bytes.Clone(w.model), any: map[int64]bool{}}
+	before := bytes.Clone(w.model)
+	unsure := contents{any: map[int64]bool{}}
 	var again []request
 	for i, r := range batch {
 		if errs[i] == nil {
-			r.apply(unsure.before)
+			r.apply(before)
 		} else {
 			again = append(again, r)
-			for off := r.off; r.op == blk.OpDiscard && off < r.off+r.n; off += blk.SectorSize {
-				unsure.any[off] = true
-			}
 		}
 		r.apply(w.model)
 	}
-	unsure.after = w.model
+	unsure.discarded(again)
+	unsure.states = [][]byte{before, w.model}
 	got := make([]byte, len(w.model))
 	_, err := w.g.ReadAt(got, 0)
 	w.must(err)
@@ -586,7 +598,7 @@ func (w *world) end() {
 	for _, l := range w.files {
 		w.checkImage(l)
 	}
-	w.holds(w.chain[0], contents{before: w.model, after: w.model})
+	w.holds(w.chain[0], contents{states: [][]byte{w.model}})
 	for _, l := range w.files {
 		if s, ok := w.kept[l.path]; ok {
 			w.holds(l, s)
