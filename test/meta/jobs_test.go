@@ -464,10 +464,15 @@ func lose(w *world, t task, rng *rand.Rand) {
 	w.poll()
 }
 
-// restart is in order.
+// restart is in order. A job that is at work waits for the next daemon: only without one it is known what the disk is
+// made of.
 func restart(w *world, t task, _ *rand.Rand) {
 	w.during(t.load, func() {
+		known := w.job == nil
 		w.stop()
+		if known {
+			w.checkFiles()
+		}
 		w.start()
 	})
 	w.poll()
