@@ -116,6 +116,13 @@ func (n *Node) setup(o Options) error {
 	} else {
 		n.host.Inline = inMemory(n.host.Fd)
 	}
+	if o.Direct && !o.ReadOnly {
+		// What others wrote through the page cache, as whoever made the image. A direct write that meets the writeback of
+		// a page beside it makes the kernel say EIO to the next flush.
+		if err := fsync(n.host.Fd); err != nil {
+			return fmt.Errorf("open image %q for direct I/O: %w", path, err)
+		}
+	}
 	if o.Direct {
 		mem, off, err := setDirect(n.host.Fd, size, sector, o.Grows)
 		var no errNoDirect

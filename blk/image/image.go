@@ -53,6 +53,8 @@ type Options struct {
 	Barrier  func(t *blk.Task) error // see qcow2.Options
 	Warn     func(string)            // of qcow2.Options, for the first image
 	MaxDepth int                     // images behind the first; 0: chain.MaxDepth
+	// Storage is put over each file that is opened, by tests of what a disk may do. nil: nothing is.
+	Storage func(*file.Node) blk.Node
 
 	claim bool // see file.Options; of the first image
 }
@@ -69,8 +71,8 @@ type Member struct {
 	DataFile, Backing string
 	Node              blk.Node // of this image alone, except that of the first one, which has the others behind it
 
-	storage, data *file.Node   // until Node owns them
-	files         []*file.Node // both, also afterwards: for their locks
+	storage, data blk.Node     // until Node owns them
+	files         []*file.Node // of both, also afterwards: for their locks
 	layer         blk.Node     // what a chain has of it; nil: Node
 }
 
@@ -181,10 +183,10 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 		// Tables and compressed clusters are written in whole sectors at least.
 		so.Align, so.Grows = min(fo.Align, blk.SectorSize), true
 	}
-	if m.storage, err = g.openStorage(m.Path, seen, so, o.Check); err != nil {
+	if m.storage, err = g.openStorage(m, m.Path, seen, so, o); err != nil {
 		return err
 	}
-	g.Chain, m.files = append(g.Chain, m), []*file.Node{m.storage}
+	g.Chain = append(g.Chain, m)
 	if m.Format == Raw {
 		return nil
 	}
@@ -200,16 +202,15 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 	if m.DataFile, err = Resolve(m.Path, m.Header.DataFile); err != nil {
 		return fmt.Errorf("image %q: data file %w", m.Path, err)
 	}
-	if m.data, err = g.openStorage(m.DataFile, seen, fo, o.Check); err != nil {
+	if m.data, err = g.openStorage(m, m.DataFile, seen, fo, o); err != nil {
 		return fmt.Errorf("image %q: data file: %w", m.Path, err)
 	}
-	m.files = append(m.files, m.data)
 	return nil
 }
 
-func (g *Image) openStorage(path string, seen *identities, fo file.Options, check func(string) error) (*file.Node, error) {
-	if check != nil {
-		if err := check(path); err != nil {
+func (g *Image) openStorage(m *Member, path string, seen *identities, fo file.Options, o Options) (blk.Node, error) {
+	if o.Check != nil {
+		if err := o.Check(path); err != nil {
 			return nil, err
 		}
 	}
@@ -221,6 +222,10 @@ func (g *Image) openStorage(path string, seen *identities, fo file.Options, chec
 		return nil, err
 	}
 	g.warnings = append(g.warnings, f.Warnings()...)
+	m.files = append(m.files, f)
+	if o.Storage != nil {
+		return o.Storage(f), nil
+	}
 	return f, nil
 }
 
@@ -263,10 +268,7 @@ func (g *Image) openNode(t *blk.Task, i int, o Options, backing blk.Node) error 
 	if m.Format == Raw {
 		m.Node = raw.Open(m.storage)
 	} else {
-		qo := qcow2.Options{Name: m.Path, ReadOnly: true, Backing: backing, Cache: o.Cache}
-		if m.data != nil { // an interface that holds a nil pointer would not be nil
-			qo.Data = m.data
-		}
+		qo := qcow2.Options{Name: m.Path, ReadOnly: true, Data: m.data, Backing: backing, Cache: o.Cache}
 		if i == 0 {
 			qo.ReadOnly, qo.Barrier, qo.Warn = o.ReadOnly, o.Barrier, o.Warn
 		}
@@ -316,7 +318,7 @@ func (g *Image) Close() error {
 			errs = append(errs, m.Node.Close())
 			continue
 		}
-		for _, f := range []*file.Node{m.storage, m.data} {
+		for _, f := range []blk.Node{m.storage, m.data} {
 			if f != nil {
 				errs = append(errs, f.Close())
 			}

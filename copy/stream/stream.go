@@ -172,13 +172,13 @@ func (m *streamer) pass(ctx context.Context) (pieces int, err error) {
 // next finds the first piece at or after at, which is where a cluster begins. With an error it is the place that was
 // reached.
 func (m *streamer) next(ctx context.Context, t *blk.Task, at, limit int64) (piece, error) {
-	for at < m.size && ctx.Err() == nil {
-		e, err := m.filter.Map(t, at, m.size-at)
+	for look := at; look < m.size && ctx.Err() == nil; {
+		e, err := m.filter.Map(t, look, m.size-look)
 		if err != nil {
 			return piece{off: at}, err
 		}
-		end := at + e.Len
-		if cor.Wanted(e, m.Base) {
+		end := look + e.Len
+		if cor.Wanted(e, m.Base) { // at is where its cluster begins
 			most := limit
 			if e.State == blk.Zero || e.State == blk.Unallocated {
 				most = maxRange
@@ -186,13 +186,10 @@ func (m *streamer) next(ctx context.Context, t *blk.Task, at, limit int64) (piec
 			end = min((end+m.Cluster-1)&^(m.Cluster-1), at+max(most&^(m.Cluster-1), m.Cluster))
 			return piece{at, min(end, m.size) - at}, nil
 		}
+		look, at = end, end
 		if end < m.size {
-			end &^= m.Cluster - 1
+			at &^= m.Cluster - 1
 		}
-		if end == at { // a cluster of several kinds
-			return piece{at, min(m.Cluster, m.size-at)}, nil
-		}
-		at = end
 	}
 	if ctx.Err() != nil {
 		return piece{off: at}, context.Cause(ctx)

@@ -239,6 +239,18 @@ func TestStreamToBase(t *testing.T) {
 	r.same(r.top)
 }
 
+// A cluster of which nothing is wanted, though its parts are of several kinds, does not keep the job from its end.
+func TestClusterOfSeveralKinds(t *testing.T) {
+	r := newRig(t, 2)
+	do(t, r.base, blk.OpWriteZeroes, 25*cluster+4096, 4096, nil) // a hole in what stays in the base
+	clear(r.want[25*cluster+4096 : 25*cluster+8192])
+	r.state(r.start(nil), job.StateCompleted)
+	if e, err := r.top.Map(blk.NewTask(), 25*cluster, 1); err != nil || e.Depth == 0 {
+		t.Errorf("what the base holds was copied: %+v, %v", e, err)
+	}
+	r.same(r.top)
+}
+
 // A filter that was there before is used, and stays with a base.
 func TestUsesFilter(t *testing.T) {
 	for _, base := range []uint16{0, 2} {

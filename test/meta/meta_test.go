@@ -185,37 +185,42 @@ func list(rng *rand.Rand, size int64, steps int) []step {
 			all = append(all, step{grow: size})
 			continue
 		}
-		var s step
-		// Up to six requests, side by side: they meet in clusters.
-		at := rng.Int64N(size/sector) * sector
-		for range 1 + rng.IntN(6) {
-			if at >= size {
-				break
-			}
-			n := min((1+rng.Int64N(1<<rng.IntN(9)))*sector, size-at)
-			r := request{off: at, n: n, seed: rng.Uint64()}
-			switch rng.IntN(8) {
-			case 0:
-				r.op = blk.OpWriteZeroes
-			case 1:
-				r.op, r.flags = blk.OpWriteZeroes, blk.Unmap
-			case 2: // contents are anybody's choice after a discard, so zeros follow
-				r.op = blk.OpDiscard
-			case 3:
-				r.op, r.flags = blk.OpWrite, blk.FUA
-			default:
-				r.op = blk.OpWrite
-			}
-			s.requests = append(s.requests, r)
-			at += n
-			if rng.IntN(2) == 0 {
-				at += rng.Int64N(32) * sector
-			}
-		}
+		s := step{requests: batch(rng, size)}
 		if rng.IntN(10) == 0 {
 			s.requests = append(s.requests, request{op: blk.OpFlush})
 		}
 		all = append(all, s)
+	}
+	return all
+}
+
+// batch makes up to six requests, side by side: they meet in clusters, and do not overlap.
+func batch(rng *rand.Rand, size int64) (all []request) {
+	const sector = blk.SectorSize
+	at := rng.Int64N(size/sector) * sector
+	for range 1 + rng.IntN(6) {
+		if at >= size {
+			break
+		}
+		n := min((1+rng.Int64N(1<<rng.IntN(9)))*sector, size-at)
+		r := request{off: at, n: n, seed: rng.Uint64()}
+		switch rng.IntN(8) {
+		case 0:
+			r.op = blk.OpWriteZeroes
+		case 1:
+			r.op, r.flags = blk.OpWriteZeroes, blk.Unmap
+		case 2: // contents are anybody's choice after a discard, so zeros follow
+			r.op = blk.OpDiscard
+		case 3:
+			r.op, r.flags = blk.OpWrite, blk.FUA
+		default:
+			r.op = blk.OpWrite
+		}
+		all = append(all, r)
+		at += n
+		if rng.IntN(2) == 0 {
+			at += rng.Int64N(32) * sector
+		}
 	}
 	return all
 }
@@ -264,16 +269,21 @@ func play(t *testing.T, d disk, steps []step) []byte {
 	return b
 }
 
+// data is what a write writes.
+func (r request) data() []byte {
+	b := make([]byte, r.n)
+	rng := rand.New(rand.NewPCG(r.seed, 0))
+	for i := range b {
+		b[i] = byte(rng.Uint32())
+	}
+	return b
+}
+
 func do(n blk.Node, r request) error {
 	task := blk.NewTask()
 	q := &blk.Request{Op: r.op, Flags: r.flags, Off: r.off, Len: r.n}
 	if r.op == blk.OpWrite {
-		b := make([]byte, r.n)
-		rng := rand.New(rand.NewPCG(r.seed, 0))
-		for i := range b {
-			b[i] = byte(rng.Uint32())
-		}
-		q.Data = blk.BytesVec(nil, b)
+		q.Data = blk.BytesVec(nil, r.data())
 	}
 	if err := blk.Do(task, n, q); err != nil || r.op != blk.OpDiscard {
 		return err
@@ -281,11 +291,16 @@ func do(n blk.Node, r request) error {
 	return blk.Do(task, n, &blk.Request{Op: blk.OpWriteZeroes, Off: r.off, Len: r.n})
 }
 
-func TestFormats(t *testing.T) {
-	seed := uint64(time.Now().UnixNano())
+// anySeed is META_SEED, or a new one.
+func anySeed() uint64 {
 	if s, err := strconv.ParseUint(os.Getenv("META_SEED"), 10, 64); err == nil {
-		seed = s
+		return s
 	}
+	return uint64(time.Now().UnixNano())
+}
+
+func TestFormats(t *testing.T) {
+	seed := anySeed()
 	t.Logf("META_SEED=%d", seed)
 	count := 400
 	if testing.Short() {

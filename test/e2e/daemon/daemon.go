@@ -30,6 +30,7 @@ type Disk struct {
 	Queues   int    // default 1
 	ReadOnly bool
 	Lock     string // default "always"
+	Cache    string // default "none"
 
 	CopyOnRead bool
 }
@@ -70,8 +71,9 @@ func New(bin string, disks ...Disk) (*Daemon, error) {
 	var b strings.Builder
 	fmt.Fprintf(&b, "[daemon]\ncontrol = %q\nstate_dir = %q\n", d.path("control"), d.path("state"))
 	for _, k := range disks {
-		fmt.Fprintf(&b, "\n[[disk]]\nid = %q\nsocket = %q\nimage = %q\nformat = %q\nread_only = %v\nqueues = %d\nlock = %q\ncopy_on_read = %v\n",
-			k.ID, d.Socket(k.ID), k.Image, cmp.Or(k.Format, "raw"), k.ReadOnly, max(1, k.Queues), cmp.Or(k.Lock, "always"), k.CopyOnRead)
+		fmt.Fprintf(&b, "\n[[disk]]\nid = %q\nsocket = %q\nimage = %q\nformat = %q\nread_only = %v\nqueues = %d\nlock = %q\ncache = %q\ncopy_on_read = %v\n",
+			k.ID, d.Socket(k.ID), k.Image, cmp.Or(k.Format, "raw"), k.ReadOnly, max(1, k.Queues), cmp.Or(k.Lock, "always"),
+			cmp.Or(k.Cache, "none"), k.CopyOnRead)
 	}
 	return d, errors.Join(
 		os.Mkdir(d.path("state"), 0o700),
@@ -83,6 +85,9 @@ func (d *Daemon) path(name string) string { return filepath.Join(d.dir, name) }
 
 // Socket is where the disk is served.
 func (d *Daemon) Socket(id string) string { return d.path(id + ".sock") }
+
+// Control is the path of the control socket.
+func (d *Daemon) Control() string { return d.path("control") }
 
 // Start starts the process and waits until it says by sd_notify that it is ready.
 func (d *Daemon) Start() error {
@@ -135,6 +140,15 @@ func (d *Daemon) Kill() error {
 	if s, ok := d.cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || !s.Signaled() {
 		return fmt.Errorf("daemon: was gone already: %v", d.cmd.ProcessState)
 	}
+	return nil
+}
+
+// Abort ends the process, which writes the stacks of all its goroutines into the log.
+func (d *Daemon) Abort() error {
+	if err := d.cmd.Process.Signal(syscall.SIGQUIT); err != nil {
+		return fmt.Errorf("daemon: was gone already: %w", err)
+	}
+	<-d.exited
 	return nil
 }
 
