@@ -681,12 +681,12 @@ func (x *DiskResizeRequest) GetSize() int64 {
 type Job struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	Id         string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Kind       string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // copy, stream, commit
+	Kind       string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // copy, stream, commit, backup
 	Disk       string                 `protobuf:"bytes,3,opt,name=disk,proto3" json:"disk,omitempty"`
 	Source     string                 `protobuf:"bytes,4,opt,name=source,proto3" json:"source,omitempty"`
 	Target     string                 `protobuf:"bytes,5,opt,name=target,proto3" json:"target,omitempty"`
 	Format     string                 `protobuf:"bytes,6,opt,name=format,proto3" json:"format,omitempty"`    // the target's
-	Stage      string                 `protobuf:"bytes,7,opt,name=stage,proto3" json:"stage,omitempty"`      // of a copy: bulk, dirty, mirror, switch; of a stream: stream, drop
+	Stage      string                 `protobuf:"bytes,7,opt,name=stage,proto3" json:"stage,omitempty"`      // of a copy: bulk, dirty, mirror, switch; of a stream: stream, drop; of a backup: backup, flush
 	State      string                 `protobuf:"bytes,8,opt,name=state,proto3" json:"state,omitempty"`      // running, ready, paused, completed, failed, cancelled
 	Error      string                 `protobuf:"bytes,9,opt,name=error,proto3" json:"error,omitempty"`      // why it paused, failed or fell back; empty if nothing went wrong
 	Message    string                 `protobuf:"bytes,10,opt,name=message,proto3" json:"message,omitempty"` // for the operator: what is going on or what to do next
@@ -709,8 +709,11 @@ type Job struct {
 	SwitchMode       string `protobuf:"bytes,24,opt,name=switch_mode,json=switchMode,proto3" json:"switch_mode,omitempty"`            // manual, auto
 	OnSourceError    string `protobuf:"bytes,25,opt,name=on_source_error,json=onSourceError,proto3" json:"on_source_error,omitempty"` // stop, report, enospc
 	OnTargetError    string `protobuf:"bytes,26,opt,name=on_target_error,json=onTargetError,proto3" json:"on_target_error,omitempty"`
-	Method           string `protobuf:"bytes,27,opt,name=method,proto3" json:"method,omitempty"` // mirror, stream
-	Base             string `protobuf:"bytes,28,opt,name=base,proto3" json:"base,omitempty"`     // shared base; empty: none
+	Method           string `protobuf:"bytes,27,opt,name=method,proto3" json:"method,omitempty"`                             // mirror, stream
+	Base             string `protobuf:"bytes,28,opt,name=base,proto3" json:"base,omitempty"`                                 // shared base; of a backup: the image behind the target; empty: none
+	Bitmap           string `protobuf:"bytes,40,opt,name=bitmap,proto3" json:"bitmap,omitempty"`                             // of a backup; empty: none
+	Full             bool   `protobuf:"varint,41,opt,name=full,proto3" json:"full,omitempty"`                                // of a backup with a bitmap: all is copied
+	OnCbwError       string `protobuf:"bytes,42,opt,name=on_cbw_error,json=onCbwError,proto3" json:"on_cbw_error,omitempty"` // of a backup: break, hold
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -937,6 +940,27 @@ func (x *Job) GetMethod() string {
 func (x *Job) GetBase() string {
 	if x != nil {
 		return x.Base
+	}
+	return ""
+}
+
+func (x *Job) GetBitmap() string {
+	if x != nil {
+		return x.Bitmap
+	}
+	return ""
+}
+
+func (x *Job) GetFull() bool {
+	if x != nil {
+		return x.Full
+	}
+	return false
+}
+
+func (x *Job) GetOnCbwError() string {
+	if x != nil {
+		return x.OnCbwError
 	}
 	return ""
 }
@@ -2161,6 +2185,169 @@ func (x *CommitRequest) GetId() string {
 	return ""
 }
 
+type BackupRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Disk   string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Target string                 `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	Format string                 `protobuf:"bytes,3,opt,name=format,proto3" json:"format,omitempty"` // raw, qcow2; empty: qcow2
+	// The target was created by someone else; otherwise it must not exist.
+	Existing bool `protobuf:"varint,4,opt,name=existing,proto3" json:"existing,omitempty"`
+	// The image behind a new qcow2 target, and its format: the backup before an
+	// incremental one.
+	Base       string `protobuf:"bytes,5,opt,name=base,proto3" json:"base,omitempty"`
+	BaseFormat string `protobuf:"bytes,6,opt,name=base_format,json=baseFormat,proto3" json:"base_format,omitempty"` // empty: qcow2
+	// Only what this bitmap names is copied, or all with full. It begins anew at
+	// the backup's instant, once the backup is complete.
+	Bitmap        string `protobuf:"bytes,7,opt,name=bitmap,proto3" json:"bitmap,omitempty"`
+	Full          bool   `protobuf:"varint,8,opt,name=full,proto3" json:"full,omitempty"`
+	ClusterSize   int64  `protobuf:"varint,9,opt,name=cluster_size,json=clusterSize,proto3" json:"cluster_size,omitempty"`         // of a new qcow2 target; 0: 64K
+	Speed         int64  `protobuf:"varint,10,opt,name=speed,proto3" json:"speed,omitempty"`                                       // bytes per second; 0: no limit
+	OnSourceError string `protobuf:"bytes,11,opt,name=on_source_error,json=onSourceError,proto3" json:"on_source_error,omitempty"` // stop, report, enospc; empty: default
+	OnTargetError string `protobuf:"bytes,12,opt,name=on_target_error,json=onTargetError,proto3" json:"on_target_error,omitempty"`
+	// When what the guest is about to change cannot be copied: break (also if
+	// empty) fails the backup, hold lets the guest's write wait.
+	OnCbwError    string `protobuf:"bytes,13,opt,name=on_cbw_error,json=onCbwError,proto3" json:"on_cbw_error,omitempty"`
+	CbwTimeout    int64  `protobuf:"varint,14,opt,name=cbw_timeout,json=cbwTimeout,proto3" json:"cbw_timeout,omitempty"` // with break, seconds that a write waits; 0: 30
+	Id            string `protobuf:"bytes,15,opt,name=id,proto3" json:"id,omitempty"`                                    // of the job; empty: chosen by the daemon
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupRequest) Reset() {
+	*x = BackupRequest{}
+	mi := &file_control_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupRequest) ProtoMessage() {}
+
+func (x *BackupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
+func (*BackupRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *BackupRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetFormat() string {
+	if x != nil {
+		return x.Format
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetExisting() bool {
+	if x != nil {
+		return x.Existing
+	}
+	return false
+}
+
+func (x *BackupRequest) GetBase() string {
+	if x != nil {
+		return x.Base
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetBaseFormat() string {
+	if x != nil {
+		return x.BaseFormat
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetBitmap() string {
+	if x != nil {
+		return x.Bitmap
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetFull() bool {
+	if x != nil {
+		return x.Full
+	}
+	return false
+}
+
+func (x *BackupRequest) GetClusterSize() int64 {
+	if x != nil {
+		return x.ClusterSize
+	}
+	return 0
+}
+
+func (x *BackupRequest) GetSpeed() int64 {
+	if x != nil {
+		return x.Speed
+	}
+	return 0
+}
+
+func (x *BackupRequest) GetOnSourceError() string {
+	if x != nil {
+		return x.OnSourceError
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetOnTargetError() string {
+	if x != nil {
+		return x.OnTargetError
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetOnCbwError() string {
+	if x != nil {
+		return x.OnCbwError
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetCbwTimeout() int64 {
+	if x != nil {
+		return x.CbwTimeout
+	}
+	return 0
+}
+
+func (x *BackupRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
 var File_control_proto protoreflect.FileDescriptor
 
 const file_control_proto_rawDesc = "" +
@@ -2225,7 +2412,7 @@ const file_control_proto_rawDesc = "" +
 	"\x12DiskRemoveResponse\"7\n" +
 	"\x11DiskResizeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\"\x90\x06\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"\xde\x06\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
@@ -2263,7 +2450,11 @@ const file_control_proto_rawDesc = "" +
 	"\x0fon_source_error\x18\x19 \x01(\tR\ronSourceError\x12&\n" +
 	"\x0fon_target_error\x18\x1a \x01(\tR\ronTargetError\x12\x16\n" +
 	"\x06method\x18\x1b \x01(\tR\x06method\x12\x12\n" +
-	"\x04base\x18\x1c \x01(\tR\x04base\"\xfc\x03\n" +
+	"\x04base\x18\x1c \x01(\tR\x04base\x12\x16\n" +
+	"\x06bitmap\x18( \x01(\tR\x06bitmap\x12\x12\n" +
+	"\x04full\x18) \x01(\bR\x04full\x12 \n" +
+	"\fon_cbw_error\x18* \x01(\tR\n" +
+	"onCbwError\"\xfc\x03\n" +
 	"\vCopyRequest\x12\x12\n" +
 	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x16\n" +
@@ -2340,7 +2531,28 @@ const file_control_proto_rawDesc = "" +
 	"\x03top\x18\x02 \x01(\tR\x03top\x12\x12\n" +
 	"\x04base\x18\x03 \x01(\tR\x04base\x12\x14\n" +
 	"\x05speed\x18\x04 \x01(\x03R\x05speed\x12\x0e\n" +
-	"\x02id\x18\x05 \x01(\tR\x02id2\xfc\t\n" +
+	"\x02id\x18\x05 \x01(\tR\x02id\"\xac\x03\n" +
+	"\rBackupRequest\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\x12\x16\n" +
+	"\x06format\x18\x03 \x01(\tR\x06format\x12\x1a\n" +
+	"\bexisting\x18\x04 \x01(\bR\bexisting\x12\x12\n" +
+	"\x04base\x18\x05 \x01(\tR\x04base\x12\x1f\n" +
+	"\vbase_format\x18\x06 \x01(\tR\n" +
+	"baseFormat\x12\x16\n" +
+	"\x06bitmap\x18\a \x01(\tR\x06bitmap\x12\x12\n" +
+	"\x04full\x18\b \x01(\bR\x04full\x12!\n" +
+	"\fcluster_size\x18\t \x01(\x03R\vclusterSize\x12\x14\n" +
+	"\x05speed\x18\n" +
+	" \x01(\x03R\x05speed\x12&\n" +
+	"\x0fon_source_error\x18\v \x01(\tR\ronSourceError\x12&\n" +
+	"\x0fon_target_error\x18\f \x01(\tR\ronTargetError\x12 \n" +
+	"\fon_cbw_error\x18\r \x01(\tR\n" +
+	"onCbwError\x12\x1f\n" +
+	"\vcbw_timeout\x18\x0e \x01(\x03R\n" +
+	"cbwTimeout\x12\x0e\n" +
+	"\x02id\x18\x0f \x01(\tR\x02id2\xb6\n" +
+	"\n" +
 	"\aControl\x12I\n" +
 	"\bDiskList\x12\x1d.blkstream.v1.DiskListRequest\x1a\x1e.blkstream.v1.DiskListResponse\x12=\n" +
 	"\bDiskShow\x12\x1d.blkstream.v1.DiskShowRequest\x1a\x12.blkstream.v1.Disk\x12;\n" +
@@ -2363,7 +2575,8 @@ const file_control_proto_rawDesc = "" +
 	"\x06Stream\x12\x1b.blkstream.v1.StreamRequest\x1a\x11.blkstream.v1.Job\x12F\n" +
 	"\aVersion\x12\x1c.blkstream.v1.VersionRequest\x1a\x1d.blkstream.v1.VersionResponse\x12I\n" +
 	"\bSnapshot\x12\x1d.blkstream.v1.SnapshotRequest\x1a\x1e.blkstream.v1.SnapshotResponse\x128\n" +
-	"\x06Commit\x12\x1b.blkstream.v1.CommitRequest\x1a\x11.blkstream.v1.JobB-Z+github.com/blkstream/blkstream/copy/controlb\x06proto3"
+	"\x06Commit\x12\x1b.blkstream.v1.CommitRequest\x1a\x11.blkstream.v1.Job\x128\n" +
+	"\x06Backup\x12\x1b.blkstream.v1.BackupRequest\x1a\x11.blkstream.v1.JobB-Z+github.com/blkstream/blkstream/copy/controlb\x06proto3"
 
 var (
 	file_control_proto_rawDescOnce sync.Once
@@ -2377,7 +2590,7 @@ func file_control_proto_rawDescGZIP() []byte {
 	return file_control_proto_rawDescData
 }
 
-var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_control_proto_goTypes = []any{
 	(*DiskStats)(nil),          // 0: blkstream.v1.DiskStats
 	(*Disk)(nil),               // 1: blkstream.v1.Disk
@@ -2411,6 +2624,7 @@ var file_control_proto_goTypes = []any{
 	(*SnapshotResponse)(nil),   // 29: blkstream.v1.SnapshotResponse
 	(*SnapshotTaken)(nil),      // 30: blkstream.v1.SnapshotTaken
 	(*CommitRequest)(nil),      // 31: blkstream.v1.CommitRequest
+	(*BackupRequest)(nil),      // 32: blkstream.v1.BackupRequest
 }
 var file_control_proto_depIdxs = []int32{
 	0,  // 0: blkstream.v1.Disk.stats:type_name -> blkstream.v1.DiskStats
@@ -2439,27 +2653,29 @@ var file_control_proto_depIdxs = []int32{
 	25, // 23: blkstream.v1.Control.Version:input_type -> blkstream.v1.VersionRequest
 	27, // 24: blkstream.v1.Control.Snapshot:input_type -> blkstream.v1.SnapshotRequest
 	31, // 25: blkstream.v1.Control.Commit:input_type -> blkstream.v1.CommitRequest
-	3,  // 26: blkstream.v1.Control.DiskList:output_type -> blkstream.v1.DiskListResponse
-	1,  // 27: blkstream.v1.Control.DiskShow:output_type -> blkstream.v1.Disk
-	1,  // 28: blkstream.v1.Control.DiskAdd:output_type -> blkstream.v1.Disk
-	7,  // 29: blkstream.v1.Control.DiskRemove:output_type -> blkstream.v1.DiskRemoveResponse
-	1,  // 30: blkstream.v1.Control.DiskResize:output_type -> blkstream.v1.Disk
-	9,  // 31: blkstream.v1.Control.Copy:output_type -> blkstream.v1.Job
-	12, // 32: blkstream.v1.Control.Switch:output_type -> blkstream.v1.SwitchResponse
-	14, // 33: blkstream.v1.Control.JobList:output_type -> blkstream.v1.JobListResponse
-	9,  // 34: blkstream.v1.Control.JobShow:output_type -> blkstream.v1.Job
-	17, // 35: blkstream.v1.Control.JobWatch:output_type -> blkstream.v1.JobEvent
-	9,  // 36: blkstream.v1.Control.JobPause:output_type -> blkstream.v1.Job
-	9,  // 37: blkstream.v1.Control.JobResume:output_type -> blkstream.v1.Job
-	9,  // 38: blkstream.v1.Control.JobCancel:output_type -> blkstream.v1.Job
-	9,  // 39: blkstream.v1.Control.JobSpeed:output_type -> blkstream.v1.Job
-	23, // 40: blkstream.v1.Control.JobDismiss:output_type -> blkstream.v1.JobDismissResponse
-	9,  // 41: blkstream.v1.Control.Stream:output_type -> blkstream.v1.Job
-	26, // 42: blkstream.v1.Control.Version:output_type -> blkstream.v1.VersionResponse
-	29, // 43: blkstream.v1.Control.Snapshot:output_type -> blkstream.v1.SnapshotResponse
-	9,  // 44: blkstream.v1.Control.Commit:output_type -> blkstream.v1.Job
-	26, // [26:45] is the sub-list for method output_type
-	7,  // [7:26] is the sub-list for method input_type
+	32, // 26: blkstream.v1.Control.Backup:input_type -> blkstream.v1.BackupRequest
+	3,  // 27: blkstream.v1.Control.DiskList:output_type -> blkstream.v1.DiskListResponse
+	1,  // 28: blkstream.v1.Control.DiskShow:output_type -> blkstream.v1.Disk
+	1,  // 29: blkstream.v1.Control.DiskAdd:output_type -> blkstream.v1.Disk
+	7,  // 30: blkstream.v1.Control.DiskRemove:output_type -> blkstream.v1.DiskRemoveResponse
+	1,  // 31: blkstream.v1.Control.DiskResize:output_type -> blkstream.v1.Disk
+	9,  // 32: blkstream.v1.Control.Copy:output_type -> blkstream.v1.Job
+	12, // 33: blkstream.v1.Control.Switch:output_type -> blkstream.v1.SwitchResponse
+	14, // 34: blkstream.v1.Control.JobList:output_type -> blkstream.v1.JobListResponse
+	9,  // 35: blkstream.v1.Control.JobShow:output_type -> blkstream.v1.Job
+	17, // 36: blkstream.v1.Control.JobWatch:output_type -> blkstream.v1.JobEvent
+	9,  // 37: blkstream.v1.Control.JobPause:output_type -> blkstream.v1.Job
+	9,  // 38: blkstream.v1.Control.JobResume:output_type -> blkstream.v1.Job
+	9,  // 39: blkstream.v1.Control.JobCancel:output_type -> blkstream.v1.Job
+	9,  // 40: blkstream.v1.Control.JobSpeed:output_type -> blkstream.v1.Job
+	23, // 41: blkstream.v1.Control.JobDismiss:output_type -> blkstream.v1.JobDismissResponse
+	9,  // 42: blkstream.v1.Control.Stream:output_type -> blkstream.v1.Job
+	26, // 43: blkstream.v1.Control.Version:output_type -> blkstream.v1.VersionResponse
+	29, // 44: blkstream.v1.Control.Snapshot:output_type -> blkstream.v1.SnapshotResponse
+	9,  // 45: blkstream.v1.Control.Commit:output_type -> blkstream.v1.Job
+	9,  // 46: blkstream.v1.Control.Backup:output_type -> blkstream.v1.Job
+	27, // [27:47] is the sub-list for method output_type
+	7,  // [7:27] is the sub-list for method input_type
 	7,  // [7:7] is the sub-list for extension type_name
 	7,  // [7:7] is the sub-list for extension extendee
 	0,  // [0:7] is the sub-list for field type_name
@@ -2477,7 +2693,7 @@ func file_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_proto_rawDesc), len(file_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   32,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

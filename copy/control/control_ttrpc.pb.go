@@ -30,6 +30,7 @@ type ControlService interface {
 	Version(context.Context, *VersionRequest) (*VersionResponse, error)
 	Snapshot(context.Context, *SnapshotRequest) (*SnapshotResponse, error)
 	Commit(context.Context, *CommitRequest) (*Job, error)
+	Backup(context.Context, *BackupRequest) (*Job, error)
 }
 
 type Control_JobWatchServer interface {
@@ -174,6 +175,13 @@ func RegisterControlService(srv *ttrpc.Server, svc ControlService) {
 				}
 				return svc.Commit(ctx, &req)
 			},
+			"Backup": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req BackupRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Backup(ctx, &req)
+			},
 		},
 		Streams: map[string]ttrpc.Stream{
 			"JobWatch": {
@@ -211,6 +219,7 @@ type ControlClient interface {
 	Version(context.Context, *VersionRequest) (*VersionResponse, error)
 	Snapshot(context.Context, *SnapshotRequest) (*SnapshotResponse, error)
 	Commit(context.Context, *CommitRequest) (*Job, error)
+	Backup(context.Context, *BackupRequest) (*Job, error)
 }
 
 type controlClient struct {
@@ -391,6 +400,14 @@ func (c *controlClient) Snapshot(ctx context.Context, req *SnapshotRequest) (*Sn
 func (c *controlClient) Commit(ctx context.Context, req *CommitRequest) (*Job, error) {
 	var resp Job
 	if err := c.client.Call(ctx, "blkstream.v1.Control", "Commit", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *controlClient) Backup(ctx context.Context, req *BackupRequest) (*Job, error) {
+	var resp Job
+	if err := c.client.Call(ctx, "blkstream.v1.Control", "Backup", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -336,5 +336,6 @@ func message(r job.Record) *control.Job {
 		EtaSeconds: r.ETASeconds, Converging: r.Converging, Speed: r.Speed, Granularity: r.Granularity,
 		TargetConsistent: r.TargetConsistent, Verify: r.Verify, VerifiedBytes: r.VerifiedBytes, StartedMs: r.StartedMS, EndedMs: r.EndedMS,
 		SwitchMode: r.SwitchMode, OnSourceError: r.OnSourceError, OnTargetError: r.OnTargetError, Method: r.Method, Base: r.Base,
+		Bitmap: r.Bitmap, Full: r.Full, OnCbwError: r.OnCBWError,
 	}
 }
