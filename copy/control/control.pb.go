@@ -2348,6 +2348,387 @@ func (x *BackupRequest) GetId() string {
 	return ""
 }
 
+// Bitmap is one of a disk's dirty bitmaps.
+type Bitmap struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Granularity   int64                  `protobuf:"varint,3,opt,name=granularity,proto3" json:"granularity,omitempty"`                 // bytes a bit stands for
+	DirtyBytes    int64                  `protobuf:"varint,4,opt,name=dirty_bytes,json=dirtyBytes,proto3" json:"dirty_bytes,omitempty"` // what the set bits stand for; 0 if inconsistent or disabled
+	State         string                 `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"`                              // recording, busy (a backup uses it), inconsistent, disabled (it is kept in the image as it is)
+	Reason        string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`                            // why it is inconsistent
+	Stored        string                 `protobuf:"bytes,7,opt,name=stored,proto3" json:"stored,omitempty"`                            // where it is kept while the disk is not served: the path of an image, or of the state directory
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Bitmap) Reset() {
+	*x = Bitmap{}
+	mi := &file_control_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Bitmap) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Bitmap) ProtoMessage() {}
+
+func (x *Bitmap) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Bitmap.ProtoReflect.Descriptor instead.
+func (*Bitmap) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *Bitmap) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *Bitmap) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Bitmap) GetGranularity() int64 {
+	if x != nil {
+		return x.Granularity
+	}
+	return 0
+}
+
+func (x *Bitmap) GetDirtyBytes() int64 {
+	if x != nil {
+		return x.DirtyBytes
+	}
+	return 0
+}
+
+func (x *Bitmap) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Bitmap) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Bitmap) GetStored() string {
+	if x != nil {
+		return x.Stored
+	}
+	return ""
+}
+
+type BitmapAddRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Granularity   int64                  `protobuf:"varint,3,opt,name=granularity,proto3" json:"granularity,omitempty"` // a power of two; 0: default
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BitmapAddRequest) Reset() {
+	*x = BitmapAddRequest{}
+	mi := &file_control_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BitmapAddRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BitmapAddRequest) ProtoMessage() {}
+
+func (x *BitmapAddRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BitmapAddRequest.ProtoReflect.Descriptor instead.
+func (*BitmapAddRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *BitmapAddRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *BitmapAddRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BitmapAddRequest) GetGranularity() int64 {
+	if x != nil {
+		return x.Granularity
+	}
+	return 0
+}
+
+type BitmapRemoveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BitmapRemoveRequest) Reset() {
+	*x = BitmapRemoveRequest{}
+	mi := &file_control_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BitmapRemoveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BitmapRemoveRequest) ProtoMessage() {}
+
+func (x *BitmapRemoveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BitmapRemoveRequest.ProtoReflect.Descriptor instead.
+func (*BitmapRemoveRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *BitmapRemoveRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *BitmapRemoveRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type BitmapRemoveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BitmapRemoveResponse) Reset() {
+	*x = BitmapRemoveResponse{}
+	mi := &file_control_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BitmapRemoveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BitmapRemoveResponse) ProtoMessage() {}
+
+func (x *BitmapRemoveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BitmapRemoveResponse.ProtoReflect.Descriptor instead.
+func (*BitmapRemoveResponse) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{36}
+}
+
+type BitmapClearRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BitmapClearRequest) Reset() {
+	*x = BitmapClearRequest{}
+	mi := &file_control_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BitmapClearRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BitmapClearRequest) ProtoMessage() {}
+
+func (x *BitmapClearRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BitmapClearRequest.ProtoReflect.Descriptor instead.
+func (*BitmapClearRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *BitmapClearRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *BitmapClearRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type BitmapListRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"` // empty: all disks
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BitmapListRequest) Reset() {
+	*x = BitmapListRequest{}
+	mi := &file_control_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BitmapListRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BitmapListRequest) ProtoMessage() {}
+
+func (x *BitmapListRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BitmapListRequest.ProtoReflect.Descriptor instead.
+func (*BitmapListRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *BitmapListRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+type BitmapListResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bitmaps       []*Bitmap              `protobuf:"bytes,1,rep,name=bitmaps,proto3" json:"bitmaps,omitempty"` // by disk and name
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BitmapListResponse) Reset() {
+	*x = BitmapListResponse{}
+	mi := &file_control_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BitmapListResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BitmapListResponse) ProtoMessage() {}
+
+func (x *BitmapListResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BitmapListResponse.ProtoReflect.Descriptor instead.
+func (*BitmapListResponse) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *BitmapListResponse) GetBitmaps() []*Bitmap {
+	if x != nil {
+		return x.Bitmaps
+	}
+	return nil
+}
+
 var File_control_proto protoreflect.FileDescriptor
 
 const file_control_proto_rawDesc = "" +
@@ -2551,8 +2932,31 @@ const file_control_proto_rawDesc = "" +
 	"onCbwError\x12\x1f\n" +
 	"\vcbw_timeout\x18\x0e \x01(\x03R\n" +
 	"cbwTimeout\x12\x0e\n" +
-	"\x02id\x18\x0f \x01(\tR\x02id2\xb6\n" +
-	"\n" +
+	"\x02id\x18\x0f \x01(\tR\x02id\"\xb9\x01\n" +
+	"\x06Bitmap\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12 \n" +
+	"\vgranularity\x18\x03 \x01(\x03R\vgranularity\x12\x1f\n" +
+	"\vdirty_bytes\x18\x04 \x01(\x03R\n" +
+	"dirtyBytes\x12\x14\n" +
+	"\x05state\x18\x05 \x01(\tR\x05state\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x16\n" +
+	"\x06stored\x18\a \x01(\tR\x06stored\"\\\n" +
+	"\x10BitmapAddRequest\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12 \n" +
+	"\vgranularity\x18\x03 \x01(\x03R\vgranularity\"=\n" +
+	"\x13BitmapRemoveRequest\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"\x16\n" +
+	"\x14BitmapRemoveResponse\"<\n" +
+	"\x12BitmapClearRequest\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"'\n" +
+	"\x11BitmapListRequest\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\"D\n" +
+	"\x12BitmapListResponse\x12.\n" +
+	"\abitmaps\x18\x01 \x03(\v2\x14.blkstream.v1.BitmapR\abitmaps2\xe8\f\n" +
 	"\aControl\x12I\n" +
 	"\bDiskList\x12\x1d.blkstream.v1.DiskListRequest\x1a\x1e.blkstream.v1.DiskListResponse\x12=\n" +
 	"\bDiskShow\x12\x1d.blkstream.v1.DiskShowRequest\x1a\x12.blkstream.v1.Disk\x12;\n" +
@@ -2576,7 +2980,12 @@ const file_control_proto_rawDesc = "" +
 	"\aVersion\x12\x1c.blkstream.v1.VersionRequest\x1a\x1d.blkstream.v1.VersionResponse\x12I\n" +
 	"\bSnapshot\x12\x1d.blkstream.v1.SnapshotRequest\x1a\x1e.blkstream.v1.SnapshotResponse\x128\n" +
 	"\x06Commit\x12\x1b.blkstream.v1.CommitRequest\x1a\x11.blkstream.v1.Job\x128\n" +
-	"\x06Backup\x12\x1b.blkstream.v1.BackupRequest\x1a\x11.blkstream.v1.JobB-Z+github.com/blkstream/blkstream/copy/controlb\x06proto3"
+	"\x06Backup\x12\x1b.blkstream.v1.BackupRequest\x1a\x11.blkstream.v1.Job\x12A\n" +
+	"\tBitmapAdd\x12\x1e.blkstream.v1.BitmapAddRequest\x1a\x14.blkstream.v1.Bitmap\x12U\n" +
+	"\fBitmapRemove\x12!.blkstream.v1.BitmapRemoveRequest\x1a\".blkstream.v1.BitmapRemoveResponse\x12E\n" +
+	"\vBitmapClear\x12 .blkstream.v1.BitmapClearRequest\x1a\x14.blkstream.v1.Bitmap\x12O\n" +
+	"\n" +
+	"BitmapList\x12\x1f.blkstream.v1.BitmapListRequest\x1a .blkstream.v1.BitmapListResponseB-Z+github.com/blkstream/blkstream/copy/controlb\x06proto3"
 
 var (
 	file_control_proto_rawDescOnce sync.Once
@@ -2590,41 +2999,48 @@ func file_control_proto_rawDescGZIP() []byte {
 	return file_control_proto_rawDescData
 }
 
-var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_control_proto_goTypes = []any{
-	(*DiskStats)(nil),          // 0: blkstream.v1.DiskStats
-	(*Disk)(nil),               // 1: blkstream.v1.Disk
-	(*DiskListRequest)(nil),    // 2: blkstream.v1.DiskListRequest
-	(*DiskListResponse)(nil),   // 3: blkstream.v1.DiskListResponse
-	(*DiskShowRequest)(nil),    // 4: blkstream.v1.DiskShowRequest
-	(*DiskAddRequest)(nil),     // 5: blkstream.v1.DiskAddRequest
-	(*DiskRemoveRequest)(nil),  // 6: blkstream.v1.DiskRemoveRequest
-	(*DiskRemoveResponse)(nil), // 7: blkstream.v1.DiskRemoveResponse
-	(*DiskResizeRequest)(nil),  // 8: blkstream.v1.DiskResizeRequest
-	(*Job)(nil),                // 9: blkstream.v1.Job
-	(*CopyRequest)(nil),        // 10: blkstream.v1.CopyRequest
-	(*SwitchRequest)(nil),      // 11: blkstream.v1.SwitchRequest
-	(*SwitchResponse)(nil),     // 12: blkstream.v1.SwitchResponse
-	(*JobListRequest)(nil),     // 13: blkstream.v1.JobListRequest
-	(*JobListResponse)(nil),    // 14: blkstream.v1.JobListResponse
-	(*JobShowRequest)(nil),     // 15: blkstream.v1.JobShowRequest
-	(*JobWatchRequest)(nil),    // 16: blkstream.v1.JobWatchRequest
-	(*JobEvent)(nil),           // 17: blkstream.v1.JobEvent
-	(*JobPauseRequest)(nil),    // 18: blkstream.v1.JobPauseRequest
-	(*JobResumeRequest)(nil),   // 19: blkstream.v1.JobResumeRequest
-	(*JobCancelRequest)(nil),   // 20: blkstream.v1.JobCancelRequest
-	(*JobSpeedRequest)(nil),    // 21: blkstream.v1.JobSpeedRequest
-	(*JobDismissRequest)(nil),  // 22: blkstream.v1.JobDismissRequest
-	(*JobDismissResponse)(nil), // 23: blkstream.v1.JobDismissResponse
-	(*StreamRequest)(nil),      // 24: blkstream.v1.StreamRequest
-	(*VersionRequest)(nil),     // 25: blkstream.v1.VersionRequest
-	(*VersionResponse)(nil),    // 26: blkstream.v1.VersionResponse
-	(*SnapshotRequest)(nil),    // 27: blkstream.v1.SnapshotRequest
-	(*SnapshotDisk)(nil),       // 28: blkstream.v1.SnapshotDisk
-	(*SnapshotResponse)(nil),   // 29: blkstream.v1.SnapshotResponse
-	(*SnapshotTaken)(nil),      // 30: blkstream.v1.SnapshotTaken
-	(*CommitRequest)(nil),      // 31: blkstream.v1.CommitRequest
-	(*BackupRequest)(nil),      // 32: blkstream.v1.BackupRequest
+	(*DiskStats)(nil),            // 0: blkstream.v1.DiskStats
+	(*Disk)(nil),                 // 1: blkstream.v1.Disk
+	(*DiskListRequest)(nil),      // 2: blkstream.v1.DiskListRequest
+	(*DiskListResponse)(nil),     // 3: blkstream.v1.DiskListResponse
+	(*DiskShowRequest)(nil),      // 4: blkstream.v1.DiskShowRequest
+	(*DiskAddRequest)(nil),       // 5: blkstream.v1.DiskAddRequest
+	(*DiskRemoveRequest)(nil),    // 6: blkstream.v1.DiskRemoveRequest
+	(*DiskRemoveResponse)(nil),   // 7: blkstream.v1.DiskRemoveResponse
+	(*DiskResizeRequest)(nil),    // 8: blkstream.v1.DiskResizeRequest
+	(*Job)(nil),                  // 9: blkstream.v1.Job
+	(*CopyRequest)(nil),          // 10: blkstream.v1.CopyRequest
+	(*SwitchRequest)(nil),        // 11: blkstream.v1.SwitchRequest
+	(*SwitchResponse)(nil),       // 12: blkstream.v1.SwitchResponse
+	(*JobListRequest)(nil),       // 13: blkstream.v1.JobListRequest
+	(*JobListResponse)(nil),      // 14: blkstream.v1.JobListResponse
+	(*JobShowRequest)(nil),       // 15: blkstream.v1.JobShowRequest
+	(*JobWatchRequest)(nil),      // 16: blkstream.v1.JobWatchRequest
+	(*JobEvent)(nil),             // 17: blkstream.v1.JobEvent
+	(*JobPauseRequest)(nil),      // 18: blkstream.v1.JobPauseRequest
+	(*JobResumeRequest)(nil),     // 19: blkstream.v1.JobResumeRequest
+	(*JobCancelRequest)(nil),     // 20: blkstream.v1.JobCancelRequest
+	(*JobSpeedRequest)(nil),      // 21: blkstream.v1.JobSpeedRequest
+	(*JobDismissRequest)(nil),    // 22: blkstream.v1.JobDismissRequest
+	(*JobDismissResponse)(nil),   // 23: blkstream.v1.JobDismissResponse
+	(*StreamRequest)(nil),        // 24: blkstream.v1.StreamRequest
+	(*VersionRequest)(nil),       // 25: blkstream.v1.VersionRequest
+	(*VersionResponse)(nil),      // 26: blkstream.v1.VersionResponse
+	(*SnapshotRequest)(nil),      // 27: blkstream.v1.SnapshotRequest
+	(*SnapshotDisk)(nil),         // 28: blkstream.v1.SnapshotDisk
+	(*SnapshotResponse)(nil),     // 29: blkstream.v1.SnapshotResponse
+	(*SnapshotTaken)(nil),        // 30: blkstream.v1.SnapshotTaken
+	(*CommitRequest)(nil),        // 31: blkstream.v1.CommitRequest
+	(*BackupRequest)(nil),        // 32: blkstream.v1.BackupRequest
+	(*Bitmap)(nil),               // 33: blkstream.v1.Bitmap
+	(*BitmapAddRequest)(nil),     // 34: blkstream.v1.BitmapAddRequest
+	(*BitmapRemoveRequest)(nil),  // 35: blkstream.v1.BitmapRemoveRequest
+	(*BitmapRemoveResponse)(nil), // 36: blkstream.v1.BitmapRemoveResponse
+	(*BitmapClearRequest)(nil),   // 37: blkstream.v1.BitmapClearRequest
+	(*BitmapListRequest)(nil),    // 38: blkstream.v1.BitmapListRequest
+	(*BitmapListResponse)(nil),   // 39: blkstream.v1.BitmapListResponse
 }
 var file_control_proto_depIdxs = []int32{
 	0,  // 0: blkstream.v1.Disk.stats:type_name -> blkstream.v1.DiskStats
@@ -2634,51 +3050,60 @@ var file_control_proto_depIdxs = []int32{
 	9,  // 4: blkstream.v1.JobEvent.job:type_name -> blkstream.v1.Job
 	28, // 5: blkstream.v1.SnapshotRequest.disks:type_name -> blkstream.v1.SnapshotDisk
 	30, // 6: blkstream.v1.SnapshotResponse.taken:type_name -> blkstream.v1.SnapshotTaken
-	2,  // 7: blkstream.v1.Control.DiskList:input_type -> blkstream.v1.DiskListRequest
-	4,  // 8: blkstream.v1.Control.DiskShow:input_type -> blkstream.v1.DiskShowRequest
-	5,  // 9: blkstream.v1.Control.DiskAdd:input_type -> blkstream.v1.DiskAddRequest
-	6,  // 10: blkstream.v1.Control.DiskRemove:input_type -> blkstream.v1.DiskRemoveRequest
-	8,  // 11: blkstream.v1.Control.DiskResize:input_type -> blkstream.v1.DiskResizeRequest
-	10, // 12: blkstream.v1.Control.Copy:input_type -> blkstream.v1.CopyRequest
-	11, // 13: blkstream.v1.Control.Switch:input_type -> blkstream.v1.SwitchRequest
-	13, // 14: blkstream.v1.Control.JobList:input_type -> blkstream.v1.JobListRequest
-	15, // 15: blkstream.v1.Control.JobShow:input_type -> blkstream.v1.JobShowRequest
-	16, // 16: blkstream.v1.Control.JobWatch:input_type -> blkstream.v1.JobWatchRequest
-	18, // 17: blkstream.v1.Control.JobPause:input_type -> blkstream.v1.JobPauseRequest
-	19, // 18: blkstream.v1.Control.JobResume:input_type -> blkstream.v1.JobResumeRequest
-	20, // 19: blkstream.v1.Control.JobCancel:input_type -> blkstream.v1.JobCancelRequest
-	21, // 20: blkstream.v1.Control.JobSpeed:input_type -> blkstream.v1.JobSpeedRequest
-	22, // 21: blkstream.v1.Control.JobDismiss:input_type -> blkstream.v1.JobDismissRequest
-	24, // 22: blkstream.v1.Control.Stream:input_type -> blkstream.v1.StreamRequest
-	25, // 23: blkstream.v1.Control.Version:input_type -> blkstream.v1.VersionRequest
-	27, // 24: blkstream.v1.Control.Snapshot:input_type -> blkstream.v1.SnapshotRequest
-	31, // 25: blkstream.v1.Control.Commit:input_type -> blkstream.v1.CommitRequest
-	32, // 26: blkstream.v1.Control.Backup:input_type -> blkstream.v1.BackupRequest
-	3,  // 27: blkstream.v1.Control.DiskList:output_type -> blkstream.v1.DiskListResponse
-	1,  // 28: blkstream.v1.Control.DiskShow:output_type -> blkstream.v1.Disk
-	1,  // 29: blkstream.v1.Control.DiskAdd:output_type -> blkstream.v1.Disk
-	7,  // 30: blkstream.v1.Control.DiskRemove:output_type -> blkstream.v1.DiskRemoveResponse
-	1,  // 31: blkstream.v1.Control.DiskResize:output_type -> blkstream.v1.Disk
-	9,  // 32: blkstream.v1.Control.Copy:output_type -> blkstream.v1.Job
-	12, // 33: blkstream.v1.Control.Switch:output_type -> blkstream.v1.SwitchResponse
-	14, // 34: blkstream.v1.Control.JobList:output_type -> blkstream.v1.JobListResponse
-	9,  // 35: blkstream.v1.Control.JobShow:output_type -> blkstream.v1.Job
-	17, // 36: blkstream.v1.Control.JobWatch:output_type -> blkstream.v1.JobEvent
-	9,  // 37: blkstream.v1.Control.JobPause:output_type -> blkstream.v1.Job
-	9,  // 38: blkstream.v1.Control.JobResume:output_type -> blkstream.v1.Job
-	9,  // 39: blkstream.v1.Control.JobCancel:output_type -> blkstream.v1.Job
-	9,  // 40: blkstream.v1.Control.JobSpeed:output_type -> blkstream.v1.Job
-	23, // 41: blkstream.v1.Control.JobDismiss:output_type -> blkstream.v1.JobDismissResponse
-	9,  // 42: blkstream.v1.Control.Stream:output_type -> blkstream.v1.Job
-	26, // 43: blkstream.v1.Control.Version:output_type -> blkstream.v1.VersionResponse
-	29, // 44: blkstream.v1.Control.Snapshot:output_type -> blkstream.v1.SnapshotResponse
-	9,  // 45: blkstream.v1.Control.Commit:output_type -> blkstream.v1.Job
-	9,  // 46: blkstream.v1.Control.Backup:output_type -> blkstream.v1.Job
-	27, // [27:47] is the sub-list for method output_type
-	7,  // [7:27] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	33, // 7: blkstream.v1.BitmapListResponse.bitmaps:type_name -> blkstream.v1.Bitmap
+	2,  // 8: blkstream.v1.Control.DiskList:input_type -> blkstream.v1.DiskListRequest
+	4,  // 9: blkstream.v1.Control.DiskShow:input_type -> blkstream.v1.DiskShowRequest
+	5,  // 10: blkstream.v1.Control.DiskAdd:input_type -> blkstream.v1.DiskAddRequest
+	6,  // 11: blkstream.v1.Control.DiskRemove:input_type -> blkstream.v1.DiskRemoveRequest
+	8,  // 12: blkstream.v1.Control.DiskResize:input_type -> blkstream.v1.DiskResizeRequest
+	10, // 13: blkstream.v1.Control.Copy:input_type -> blkstream.v1.CopyRequest
+	11, // 14: blkstream.v1.Control.Switch:input_type -> blkstream.v1.SwitchRequest
+	13, // 15: blkstream.v1.Control.JobList:input_type -> blkstream.v1.JobListRequest
+	15, // 16: blkstream.v1.Control.JobShow:input_type -> blkstream.v1.JobShowRequest
+	16, // 17: blkstream.v1.Control.JobWatch:input_type -> blkstream.v1.JobWatchRequest
+	18, // 18: blkstream.v1.Control.JobPause:input_type -> blkstream.v1.JobPauseRequest
+	19, // 19: blkstream.v1.Control.JobResume:input_type -> blkstream.v1.JobResumeRequest
+	20, // 20: blkstream.v1.Control.JobCancel:input_type -> blkstream.v1.JobCancelRequest
+	21, // 21: blkstream.v1.Control.JobSpeed:input_type -> blkstream.v1.JobSpeedRequest
+	22, // 22: blkstream.v1.Control.JobDismiss:input_type -> blkstream.v1.JobDismissRequest
+	24, // 23: blkstream.v1.Control.Stream:input_type -> blkstream.v1.StreamRequest
+	25, // 24: blkstream.v1.Control.Version:input_type -> blkstream.v1.VersionRequest
+	27, // 25: blkstream.v1.Control.Snapshot:input_type -> blkstream.v1.SnapshotRequest
+	31, // 26: blkstream.v1.Control.Commit:input_type -> blkstream.v1.CommitRequest
+	32, // 27: blkstream.v1.Control.Backup:input_type -> blkstream.v1.BackupRequest
+	34, // 28: blkstream.v1.Control.BitmapAdd:input_type -> blkstream.v1.BitmapAddRequest
+	35, // 29: blkstream.v1.Control.BitmapRemove:input_type -> blkstream.v1.BitmapRemoveRequest
+	37, // 30: blkstream.v1.Control.BitmapClear:input_type -> blkstream.v1.BitmapClearRequest
+	38, // 31: blkstream.v1.Control.BitmapList:input_type -> blkstream.v1.BitmapListRequest
+	3,  // 32: blkstream.v1.Control.DiskList:output_type -> blkstream.v1.DiskListResponse
+	1,  // 33: blkstream.v1.Control.DiskShow:output_type -> blkstream.v1.Disk
+	1,  // 34: blkstream.v1.Control.DiskAdd:output_type -> blkstream.v1.Disk
+	7,  // 35: blkstream.v1.Control.DiskRemove:output_type -> blkstream.v1.DiskRemoveResponse
+	1,  // 36: blkstream.v1.Control.DiskResize:output_type -> blkstream.v1.Disk
+	9,  // 37: blkstream.v1.Control.Copy:output_type -> blkstream.v1.Job
+	12, // 38: blkstream.v1.Control.Switch:output_type -> blkstream.v1.SwitchResponse
+	14, // 39: blkstream.v1.Control.JobList:output_type -> blkstream.v1.JobListResponse
+	9,  // 40: blkstream.v1.Control.JobShow:output_type -> blkstream.v1.Job
+	17, // 41: blkstream.v1.Control.JobWatch:output_type -> blkstream.v1.JobEvent
+	9,  // 42: blkstream.v1.Control.JobPause:output_type -> blkstream.v1.Job
+	9,  // 43: blkstream.v1.Control.JobResume:output_type -> blkstream.v1.Job
+	9,  // 44: blkstream.v1.Control.JobCancel:output_type -> blkstream.v1.Job
+	9,  // 45: blkstream.v1.Control.JobSpeed:output_type -> blkstream.v1.Job
+	23, // 46: blkstream.v1.Control.JobDismiss:output_type -> blkstream.v1.JobDismissResponse
+	9,  // 47: blkstream.v1.Control.Stream:output_type -> blkstream.v1.Job
+	26, // 48: blkstream.v1.Control.Version:output_type -> blkstream.v1.VersionResponse
+	29, // 49: blkstream.v1.Control.Snapshot:output_type -> blkstream.v1.SnapshotResponse
+	9,  // 50: blkstream.v1.Control.Commit:output_type -> blkstream.v1.Job
+	9,  // 51: blkstream.v1.Control.Backup:output_type -> blkstream.v1.Job
+	33, // 52: blkstream.v1.Control.BitmapAdd:output_type -> blkstream.v1.Bitmap
+	36, // 53: blkstream.v1.Control.BitmapRemove:output_type -> blkstream.v1.BitmapRemoveResponse
+	33, // 54: blkstream.v1.Control.BitmapClear:output_type -> blkstream.v1.Bitmap
+	39, // 55: blkstream.v1.Control.BitmapList:output_type -> blkstream.v1.BitmapListResponse
+	32, // [32:56] is the sub-list for method output_type
+	8,  // [8:32] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_control_proto_init() }
@@ -2693,7 +3118,7 @@ func file_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_proto_rawDesc), len(file_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   33,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

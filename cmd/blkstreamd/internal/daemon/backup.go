@@ -5,7 +5,6 @@ package daemon
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 
@@ -101,6 +100,11 @@ func (d *Daemon) backupRecord(req *control.BackupRequest) (*disk, job.Record, er
 	if err := config.CheckRoots(r.Target, d.file.Daemon.ImageRoots); err != nil {
 		return fail("%w", err)
 	}
+	if r.Bitmap != "" {
+		if _, err := k.bitmaps.recording(r.Bitmap); err != nil {
+			return nil, r, err
+		}
+	}
 	return k, r, errors.Join(d.unused(r.Target), d.behindNone(r.Target))
 }
 
@@ -186,8 +190,8 @@ func (d *Daemon) startBackup(k *disk, r job.Record) (*job.Job, error) {
 		s.Cluster, s.Grain = max(s.Cluster, h.ClusterSize()), h.ClusterSize()
 	}
 	if r.Bitmap != "" {
-		s.Freeze = func() (*blk.Bitmap, error) { return k.freezeBitmap(r.Bitmap) }
-		s.Thaw = func(done bool) error { return k.thawBitmap(r.Bitmap, done) }
+		s.Freeze = func() (*blk.Bitmap, error) { return k.bitmaps.freeze(r.Bitmap) }
+		s.Thaw = func(done bool) error { return k.bitmaps.thaw(r.Bitmap, done) }
 	}
 	if err := k.hold(true); err != nil {
 		return nil, errors.Join(err, target.Close())
@@ -219,10 +223,3 @@ func (d *Daemon) resumeBackup(r job.Record) error {
 	r.State, r.Error = job.StateCompleted, ""
 	return d.jobs.End(r)
 }
-
-// TODO until the bitmaps are there.
-func (k *disk) freezeBitmap(name string) (*blk.Bitmap, error) {
-	return nil, fmt.Errorf("no bitmap %s", name)
-}
-
-func (k *disk) thawBitmap(string, bool) error { return nil }

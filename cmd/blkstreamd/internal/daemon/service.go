@@ -159,12 +159,17 @@ func (s *service) DiskRemove(_ context.Context, r *control.DiskRemoveRequest) (*
 	if k.server.Connected() {
 		return nil, control.Errorf(control.ErrPrecondition, "a guest uses disk %q: unplug it there first", r.Id)
 	}
-	if k.record().Added != nil {
+	added := k.record().Added != nil
+	if added {
 		if err := s.d.store.Delete(recordKind, r.Id); err != nil {
 			return nil, err
 		}
 	}
-	return &control.DiskRemoveResponse{}, k.stop()
+	err = k.stop()
+	if added {
+		err = errors.Join(err, k.bitmaps.forget())
+	}
+	return &control.DiskRemoveResponse{}, err
 }
 
 func (s *service) DiskResize(ctx context.Context, r *control.DiskResizeRequest) (*control.Disk, error) {
