@@ -36,6 +36,7 @@ type Setup struct {
 	Cluster, Grain  int64
 	Blank, Explicit bool
 	Close           func() error // closes the target with all that belongs to it
+	Begun           func()       // called when the instant is past; nil: nobody waits for that
 
 	// Freeze begins the bitmap anew and returns what it named. The guest is paused meanwhile. nil: there is no bitmap.
 	Freeze func() (*blk.Bitmap, error)
@@ -44,7 +45,10 @@ type Setup struct {
 	Thaw func(done bool) error
 }
 
-const zeroRange = 64 << 20 // bytes of zeros that are written at a time
+const (
+	pauseWait = 30 * time.Second // for requests in flight
+	zeroRange = 64 << 20         // bytes of zeros that are written at a time
+)
 
 // backup is one run.
 type backup struct {
@@ -86,8 +90,10 @@ func Run(ctx context.Context, j *job.Job, s Setup) error {
 // insert puts the filter over the disk, with every queue at rest.
 func (b *backup) insert(ctx context.Context) error {
 	b.job.Update(func(r *job.Record) { r.Stage = job.StageBackup })
+	wait, cancel := context.WithTimeout(ctx, pauseWait)
+	defer cancel()
 	var named *blk.Bitmap
-	err := b.Graph.Change(ctx, func(tx *blk.Tx) (err error) {
+	err := b.Graph.Change(wait, func(tx *blk.Tx) (err error) {
 		root := tx.Root()
 		source := root
 		if b.Below != nil {
@@ -110,6 +116,9 @@ func (b *backup) insert(ctx context.Context) error {
 	})
 	if err != nil {
 		return err
+	}
+	if b.Begun != nil {
+		b.Begun()
 	}
 	if named != nil && !b.opts.Full {
 		b.onlyNamed(named)

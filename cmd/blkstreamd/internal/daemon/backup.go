@@ -155,8 +155,11 @@ func (d *Daemon) createBackup(k *disk, req *control.BackupRequest, r job.Record)
 		}
 	}
 	err := image.Create(context.Background(), r.Target, o)
-	if errors.Is(err, os.ErrExist) {
+	switch {
+	case errors.Is(err, os.ErrExist):
 		return control.Errorf(control.ErrExists, "%s exists; use --existing to overwrite what it holds", r.Target)
+	case errors.Is(err, blk.ErrInvalid):
+		return control.Errorf(control.ErrInvalid, "%w", err)
 	}
 	return imageError(err)
 }
@@ -196,6 +199,9 @@ func (d *Daemon) startBackup(k *disk, r job.Record) (*job.Job, error) {
 	if err := k.hold(true); err != nil {
 		return nil, errors.Join(err, target.Close())
 	}
+	begun := make(chan struct{})
+	var ended error
+	s.Begun = func() { close(begun) }
 	log := d.opts.Log.With("disk", k.spec.ID, "target", r.Target)
 	j, err := d.jobs.Start(r, func(ctx context.Context, j *job.Job) error {
 		defer k.hold(false) //nolint:errcheck // what is locked too long harms nobody
@@ -205,10 +211,21 @@ func (d *Daemon) startBackup(k *disk, r job.Record) (*job.Job, error) {
 		} else {
 			log.Info("backup completed", "job", j.Record().ID)
 		}
+		ended = err
 		return err
 	})
 	if err != nil {
 		return nil, errors.Join(err, target.Close(), k.hold(false))
+	}
+	// Whoever asked for the backup may rely on it that the instant is past when there is an answer.
+	select {
+	case <-begun:
+	case <-j.Done():
+		select {
+		case <-begun:
+		default:
+			return nil, errors.Join(ended, d.jobs.Dismiss(j.Record().ID)) // as if it had not been started
+		}
 	}
 	log.Info("backup started", "job", j.Record().ID)
 	return j, nil
