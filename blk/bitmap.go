@@ -76,6 +76,45 @@ func (b *Bitmap) Any(off, n int64) bool {
 	return false
 }
 
+// All reports whether all bits are set that [off, off+n) touches; n > 0.
+func (b *Bitmap) All(off, n int64) bool {
+	first, last := off>>b.shift, min((off+n-1)>>b.shift, b.bits-1)
+	for first <= last {
+		end := min(last, first|63)
+		if mask := wordMask(first, end); b.words[first/64].Load()&mask != mask {
+			return false
+		}
+		first = end + 1
+	}
+	return true
+}
+
+// Merge sets each bit that o's set bits touch.
+func (b *Bitmap) Merge(o *Bitmap) {
+	for off := int64(0); ; {
+		at, n, ok := o.Next(off, 1<<62)
+		if !ok {
+			return
+		}
+		b.Set(at, n)
+		off = at + n
+	}
+}
+
+// Words is the number of words that Word and OrWord know.
+func (b *Bitmap) Words() int64 { return int64(len(b.words)) }
+
+// Word returns 64 bits, the first of them lowest.
+func (b *Bitmap) Word(i int64) uint64 { return b.words[i].Load() }
+
+// OrWord sets bits of a word. Those past the end are ignored.
+func (b *Bitmap) OrWord(i int64, w uint64) {
+	if left := b.bits - i*64; left < 64 {
+		w &= 1<<uint(left) - 1
+	}
+	b.set.Add(int64(bits.OnesCount64(w &^ b.words[i].Or(w))))
+}
+
 // Next finds the first set bit at or after off and returns the run of set bits from there, as a byte range of at
 // most limit bytes (at least one bit) that may end past the disk. false: there is none.
 func (b *Bitmap) Next(off, limit int64) (at, n int64, ok bool) {

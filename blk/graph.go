@@ -33,11 +33,20 @@ type Meter struct {
 	Timed   atomic.Bool   // somebody wants times
 }
 
+// Head is a filter that stays over whatever the root is. It does not own what it is over.
+type Head interface {
+	Node
+	// Over puts the head over n, or tells it that n has another size now. Nothing is in flight.
+	Over(n Node)
+}
+
 // Graph is the stack of nodes under one disk, and the only way to change it. Sources read Root without a lock: it
 // changes only while they are all paused, and pausing and resuming order the accesses.
 type Graph struct {
 	mu    sync.Mutex // serialises changes, and Attach and Detach against them
 	root  Node
+	head  Head // over root; nil: none
+	enter Node // head or root: what sources see
 	timed int
 
 	sourcesMu sync.Mutex // after mu; changing sources needs both
@@ -46,13 +55,14 @@ type Graph struct {
 
 // NewGraph returns a graph with the given root.
 func NewGraph(root Node) *Graph {
-	return &Graph{root: root, sources: map[Source]struct{}{}}
+	return &Graph{root: root, enter: root, sources: map[Source]struct{}{}}
 }
 
-// Root is the node that the guest's requests enter. It is for sources that run, and within Change.
-func (g *Graph) Root() Node { return g.root }
+// Root is the node that the guest's requests enter: the head, if there is one. It is for sources that run, and within
+// Change.
+func (g *Graph) Root() Node { return g.enter }
 
-// View calls fn with the root while no change can happen.
+// View calls fn with the root, which the head is over, while no change can happen.
 func (g *Graph) View(fn func(root Node)) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -129,11 +139,24 @@ func (g *Graph) Activity() Activity {
 // Tx is a change in progress: every source is paused and nothing is in flight.
 type Tx struct{ g *Graph }
 
-// Root is the current root.
+// Root is the current root, below the head.
 func (tx *Tx) Root() Node { return tx.g.root }
 
-// SetRoot makes n the node that the guest's requests enter from now on. Closing what it replaces is the caller's.
-func (tx *Tx) SetRoot(n Node) { tx.g.root = n }
+// SetRoot makes n the node that the guest's requests enter from now on, below the head. Closing what it replaces is the
+// caller's. It is also to be called with the same node when that has another size.
+func (tx *Tx) SetRoot(n Node) {
+	tx.g.root = n
+	tx.SetHead(tx.g.head)
+}
+
+// SetHead puts h over the root, now and after each change of it; nil: nothing. Closing what it replaces is the caller's.
+func (tx *Tx) SetHead(h Head) {
+	tx.g.head, tx.g.enter = h, tx.g.root
+	if h != nil {
+		h.Over(tx.g.root)
+		tx.g.enter = h
+	}
+}
 
 // Change runs fn while every source is paused with nothing in flight, then lets them go on. If a source cannot be
 // paused before ctx ends, fn is not run and all go on as before.
@@ -187,7 +210,7 @@ func ChangeAll(ctx context.Context, graphs []*Graph, fn func([]*Tx) error) error
 // String draws the stack, one node a line, the root first.
 func (g *Graph) String() string {
 	var b strings.Builder
-	g.View(func(root Node) { draw(&b, root, 0) })
+	g.View(func(Node) { draw(&b, g.enter, 0) })
 	return b.String()
 }
 

@@ -86,6 +86,8 @@ type Extent struct {
 	// Log, if not nil, must be marked with the guest's range when a write through this extent has ended, well or
 	// not, and before it is acknowledged.
 	Log *Bitmap
+	// Tracked is a second one, of the graph's head.
+	Tracked *Bitmap
 	// Unsynced: metadata that leads to this extent may not be durable yet. A write with FUA must go through Do.
 	Unsynced bool
 }

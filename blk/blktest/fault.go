@@ -169,7 +169,7 @@ func (f *Fault) TryMap(op blk.Op, off, l int64) (blk.Extent, bool) {
 func (f *Fault) Map(t *blk.Task, off, l int64) (blk.Extent, error) {
 	e, err := f.child.Map(t, off, l)
 	if !f.Transparent {
-		e.Host, e.HostOff, e.Writable, e.Log = nil, 0, false, nil
+		e.Host, e.HostOff, e.Writable, e.Log, e.Tracked = nil, 0, false, nil, nil
 	}
 	return e, err
 }

@@ -369,6 +369,19 @@ func TestRequests(t *testing.T) {
 			"stream disk0 --base /base --speed 1M --on-source-error stop --on-target-error report --id s",
 			&control.StreamRequest{Disk: "disk0", Base: "/base", Speed: 1 << 20, OnSourceError: "stop", OnTargetError: "report", Id: "s"},
 		},
+		{"backup disk0 /t", &control.BackupRequest{Disk: "disk0", Target: "/t", OnCbwError: "break"}},
+		{
+			"backup disk0 t --format qcow2 --bitmap b --base base --base-format raw --cluster-size 1M --speed 1M --cbw-timeout 5 " +
+				"--on-source-error stop --on-target-error report --id j",
+			&control.BackupRequest{
+				Disk: "disk0", Target: cwd + "/t", Format: "qcow2", Bitmap: "b", Base: cwd + "/base", BaseFormat: "raw",
+				ClusterSize: 1 << 20, Speed: 1 << 20, CbwTimeout: 5, OnCbwError: "break", OnSourceError: "stop", OnTargetError: "report", Id: "j",
+			},
+		},
+		{
+			"backup disk0 /t --existing --format raw --bitmap b --full --on-cbw-error hold",
+			&control.BackupRequest{Disk: "disk0", Target: "/t", Existing: true, Format: "raw", Bitmap: "b", Full: true, OnCbwError: "hold"},
+		},
 		{"job speed copy-1 1M", &control.JobSpeedRequest{Id: "copy-1", Speed: 1 << 20}},
 		{"job cancel copy-1", &control.JobCancelRequest{Id: "copy-1"}},
 		{"switch copy-1", &control.SwitchRequest{Target: "copy-1"}},
@@ -393,7 +406,7 @@ func TestJSONGolden(t *testing.T) {
 	for _, args := range []string{
 		"disk list", "disk show disk0", "disk remove disk0", "disk resize disk0 1G", "disk set disk0 --copy-on-read on",
 		"disk add --id a --image /i --format raw --socket /s",
-		"copy disk0 /b.img", "copy disk0 /b.img --wait", "switch disk0",
+		"copy disk0 /b.img", "copy disk0 /b.img --wait", "backup disk0 /b.img", "switch disk0",
 		"job list", "job show copy-1", "job watch copy-1", "job pause copy-1", "job resume copy-1",
 		"job cancel copy-1", "job speed copy-1 1M", "job dismiss copy-1", "version",
 	} {

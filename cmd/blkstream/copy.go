@@ -99,7 +99,7 @@ func (a *app) printOutcome(job *control.Job) {
 			job.Id, job.Disk, job.Target, job.Disk)
 		return
 	}
-	if job.Kind == "commit" {
+	if job.Kind == "commit" || job.Kind == kindBackup {
 		fmt.Fprintf(a.out, "job %s is %s\n", job.Id, job.State)
 	} else {
 		fmt.Fprintf(a.out, "job %s is %s: %s uses %s\n", job.Id, job.State, job.Disk, job.Target)

@@ -107,6 +107,9 @@ type jsonJob struct {
 	SwitchMode       string `json:"switch_mode"`
 	OnSourceError    string `json:"on_source_error"`
 	OnTargetError    string `json:"on_target_error"`
+	Bitmap           string `json:"bitmap"`
+	Full             bool   `json:"full"`
+	OnCBWError       string `json:"on_cbw_error"`
 }
 
 func toJSONDisk(d *control.Disk) jsonDisk {
@@ -141,6 +144,7 @@ func toJSONJob(j *control.Job) jsonJob {
 		Speed: j.GetSpeed(), Granularity: j.GetGranularity(), TargetConsistent: j.GetTargetConsistent(),
 		Verify: j.GetVerify(), VerifiedBytes: j.GetVerifiedBytes(), StartedMs: j.GetStartedMs(), EndedMs: j.GetEndedMs(),
 		SwitchMode: j.GetSwitchMode(), OnSourceError: j.GetOnSourceError(), OnTargetError: j.GetOnTargetError(),
+		Bitmap: j.GetBitmap(), Full: j.GetFull(), OnCBWError: j.GetOnCbwError(),
 	}
 }
 
@@ -326,6 +330,14 @@ func (a *app) printJob(j *control.Job) error {
 	t.row("verify:", verify)
 	t.row("on source error:", j.OnSourceError)
 	t.row("on target error:", j.OnTargetError)
+	if j.Kind == kindBackup {
+		t.row("on copy-before-write error:", j.OnCbwError)
+		if j.Bitmap != "" && j.Full {
+			t.row("bitmap:", j.Bitmap+", which begins anew")
+		} else {
+			t.row("bitmap:", j.Bitmap)
+		}
+	}
 	t.row("started:", humanTime(j.StartedMs))
 	t.row("ended:", humanTime(j.EndedMs))
 	return t.Flush()

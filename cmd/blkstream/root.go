@@ -51,7 +51,7 @@ func (a *app) root() *cobra.Command {
 	root := a.group(&cobra.Command{
 		Use:   "blkstream",
 		Short: "Copy, move and convert the disks of running guests",
-	}, a.diskCmd(), a.copyCmd(), a.switchCmd(), a.streamCmd(), a.snapshotCmd(), a.commitCmd(), a.jobCmd(), a.imageCmd(), a.versionCmd())
+	}, a.diskCmd(), a.copyCmd(), a.switchCmd(), a.streamCmd(), a.snapshotCmd(), a.commitCmd(), a.backupCmd(), a.bitmapCmd(), a.jobCmd(), a.imageCmd(), a.versionCmd())
 	// Flags belong to the command they follow: disk add has another --socket.
 	root.TraverseChildren = true
 	root.SilenceErrors, root.SilenceUsage = true, true

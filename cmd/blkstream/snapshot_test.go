@@ -108,3 +108,10 @@ func (f *fakeDaemon) Commit(_ context.Context, r *control.CommitRequest) (*contr
 	}
 	return fakeJob(nil), nil
 }
+
+func (f *fakeDaemon) Backup(_ context.Context, r *control.BackupRequest) (*control.Job, error) {
+	if _, err := f.disk(r, r.Disk); err != nil {
+		return nil, err
+	}
+	return fakeJob(func(j *control.Job) { j.Kind, j.Stage, j.Bitmap, j.OnCbwError = "backup", "backup", "b", "hold" }), nil
+}

@@ -706,12 +706,12 @@ func (x *DiskResizeRequest) GetSize() int64 {
 type Job struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	Id         string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Kind       string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // copy, stream, commit
+	Kind       string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // copy, stream, commit, backup
 	Disk       string                 `protobuf:"bytes,3,opt,name=disk,proto3" json:"disk,omitempty"`
 	Source     string                 `protobuf:"bytes,4,opt,name=source,proto3" json:"source,omitempty"`
 	Target     string                 `protobuf:"bytes,5,opt,name=target,proto3" json:"target,omitempty"`
 	Format     string                 `protobuf:"bytes,6,opt,name=format,proto3" json:"format,omitempty"`    // the target's
-	Stage      string                 `protobuf:"bytes,7,opt,name=stage,proto3" json:"stage,omitempty"`      // of a copy: bulk, dirty, mirror, switch; of a stream: stream, drop
+	Stage      string                 `protobuf:"bytes,7,opt,name=stage,proto3" json:"stage,omitempty"`      // of a copy: bulk, dirty, mirror, switch; of a stream: stream, drop; of a backup: backup, flush
 	State      string                 `protobuf:"bytes,8,opt,name=state,proto3" json:"state,omitempty"`      // running, ready, paused, completed, failed, cancelled
 	Error      string                 `protobuf:"bytes,9,opt,name=error,proto3" json:"error,omitempty"`      // why it paused, failed or fell back; empty if nothing went wrong
 	Message    string                 `protobuf:"bytes,10,opt,name=message,proto3" json:"message,omitempty"` // for the operator: what is going on or what to do next
@@ -734,8 +734,11 @@ type Job struct {
 	SwitchMode       string `protobuf:"bytes,24,opt,name=switch_mode,json=switchMode,proto3" json:"switch_mode,omitempty"`            // manual, auto
 	OnSourceError    string `protobuf:"bytes,25,opt,name=on_source_error,json=onSourceError,proto3" json:"on_source_error,omitempty"` // stop, report, enospc
 	OnTargetError    string `protobuf:"bytes,26,opt,name=on_target_error,json=onTargetError,proto3" json:"on_target_error,omitempty"`
-	Method           string `protobuf:"bytes,27,opt,name=method,proto3" json:"method,omitempty"` // mirror, stream
-	Base             string `protobuf:"bytes,28,opt,name=base,proto3" json:"base,omitempty"`     // shared base; empty: none
+	Method           string `protobuf:"bytes,27,opt,name=method,proto3" json:"method,omitempty"`                             // mirror, stream
+	Base             string `protobuf:"bytes,28,opt,name=base,proto3" json:"base,omitempty"`                                 // shared base; of a backup: the image behind the target; empty: none
+	Bitmap           string `protobuf:"bytes,40,opt,name=bitmap,proto3" json:"bitmap,omitempty"`                             // of a backup; empty: none
+	Full             bool   `protobuf:"varint,41,opt,name=full,proto3" json:"full,omitempty"`                                // of a backup with a bitmap: all is copied
+	OnCbwError       string `protobuf:"bytes,42,opt,name=on_cbw_error,json=onCbwError,proto3" json:"on_cbw_error,omitempty"` // of a backup: break, hold
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -962,6 +965,27 @@ func (x *Job) GetMethod() string {
 func (x *Job) GetBase() string {
 	if x != nil {
 		return x.Base
+	}
+	return ""
+}
+
+func (x *Job) GetBitmap() string {
+	if x != nil {
+		return x.Bitmap
+	}
+	return ""
+}
+
+func (x *Job) GetFull() bool {
+	if x != nil {
+		return x.Full
+	}
+	return false
+}
+
+func (x *Job) GetOnCbwError() string {
+	if x != nil {
+		return x.OnCbwError
 	}
 	return ""
 }
@@ -2386,6 +2410,550 @@ func (x *ChainJob) GetTarget() string {
 	return ""
 }
 
+type BackupRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Disk   string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Target string                 `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	Format string                 `protobuf:"bytes,3,opt,name=format,proto3" json:"format,omitempty"` // raw, qcow2; empty: qcow2
+	// The target was created by someone else; otherwise it must not exist.
+	Existing bool `protobuf:"varint,4,opt,name=existing,proto3" json:"existing,omitempty"`
+	// The image behind a new qcow2 target, and its format: the backup before an
+	// incremental one.
+	Base       string `protobuf:"bytes,5,opt,name=base,proto3" json:"base,omitempty"`
+	BaseFormat string `protobuf:"bytes,6,opt,name=base_format,json=baseFormat,proto3" json:"base_format,omitempty"` // empty: qcow2
+	// Only what this bitmap names is copied, or all with full. It begins anew at
+	// the backup's instant, once the backup is complete.
+	Bitmap        string `protobuf:"bytes,7,opt,name=bitmap,proto3" json:"bitmap,omitempty"`
+	Full          bool   `protobuf:"varint,8,opt,name=full,proto3" json:"full,omitempty"`
+	ClusterSize   int64  `protobuf:"varint,9,opt,name=cluster_size,json=clusterSize,proto3" json:"cluster_size,omitempty"`         // of a new qcow2 target; 0: 64K
+	Speed         int64  `protobuf:"varint,10,opt,name=speed,proto3" json:"speed,omitempty"`                                       // bytes per second; 0: no limit
+	OnSourceError string `protobuf:"bytes,11,opt,name=on_source_error,json=onSourceError,proto3" json:"on_source_error,omitempty"` // stop, report, enospc; empty: default
+	OnTargetError string `protobuf:"bytes,12,opt,name=on_target_error,json=onTargetError,proto3" json:"on_target_error,omitempty"`
+	// When what the guest is about to change cannot be copied: break (also if
+	// empty) fails the backup, hold lets the guest's write wait.
+	OnCbwError    string `protobuf:"bytes,13,opt,name=on_cbw_error,json=onCbwError,proto3" json:"on_cbw_error,omitempty"`
+	CbwTimeout    int64  `protobuf:"varint,14,opt,name=cbw_timeout,json=cbwTimeout,proto3" json:"cbw_timeout,omitempty"` // with break, seconds that a write waits; 0: 30
+	Id            string `protobuf:"bytes,15,opt,name=id,proto3" json:"id,omitempty"`                                    // of the job; empty: chosen by the daemon
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupRequest) Reset() {
+	*x = BackupRequest{}
+	mi := &file_control_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupRequest) ProtoMessage() {}
+
+func (x *BackupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
+func (*BackupRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *BackupRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetFormat() string {
+	if x != nil {
+		return x.Format
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetExisting() bool {
+	if x != nil {
+		return x.Existing
+	}
+	return false
+}
+
+func (x *BackupRequest) GetBase() string {
+	if x != nil {
+		return x.Base
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetBaseFormat() string {
+	if x != nil {
+		return x.BaseFormat
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetBitmap() string {
+	if x != nil {
+		return x.Bitmap
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetFull() bool {
+	if x != nil {
+		return x.Full
+	}
+	return false
+}
+
+func (x *BackupRequest) GetClusterSize() int64 {
+	if x != nil {
+		return x.ClusterSize
+	}
+	return 0
+}
+
+func (x *BackupRequest) GetSpeed() int64 {
+	if x != nil {
+		return x.Speed
+	}
+	return 0
+}
+
+func (x *BackupRequest) GetOnSourceError() string {
+	if x != nil {
+		return x.OnSourceError
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetOnTargetError() string {
+	if x != nil {
+		return x.OnTargetError
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetOnCbwError() string {
+	if x != nil {
+		return x.OnCbwError
+	}
+	return ""
+}
+
+func (x *BackupRequest) GetCbwTimeout() int64 {
+	if x != nil {
+		return x.CbwTimeout
+	}
+	return 0
+}
+
+func (x *BackupRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+// Bitmap is one of a disk's dirty bitmaps.
+type Bitmap struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Granularity   int64                  `protobuf:"varint,3,opt,name=granularity,proto3" json:"granularity,omitempty"`                 // bytes a bit stands for
+	DirtyBytes    int64                  `protobuf:"varint,4,opt,name=dirty_bytes,json=dirtyBytes,proto3" json:"dirty_bytes,omitempty"` // what the set bits stand for; 0 if inconsistent or disabled
+	State         string                 `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"`                              // recording, busy (a backup uses it), inconsistent, disabled (it is kept in the image as it is)
+	Reason        string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`                            // why it is inconsistent
+	Stored        string                 `protobuf:"bytes,7,opt,name=stored,proto3" json:"stored,omitempty"`                            // where it is kept while the disk is not served: the path of an image, or of the state directory
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Bitmap) Reset() {
+	*x = Bitmap{}
+	mi := &file_control_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Bitmap) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Bitmap) ProtoMessage() {}
+
+func (x *Bitmap) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Bitmap.ProtoReflect.Descriptor instead.
+func (*Bitmap) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *Bitmap) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *Bitmap) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Bitmap) GetGranularity() int64 {
+	if x != nil {
+		return x.Granularity
+	}
+	return 0
+}
+
+func (x *Bitmap) GetDirtyBytes() int64 {
+	if x != nil {
+		return x.DirtyBytes
+	}
+	return 0
+}
+
+func (x *Bitmap) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Bitmap) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Bitmap) GetStored() string {
+	if x != nil {
+		return x.Stored
+	}
+	return ""
+}
+
+type BitmapAddRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Granularity   int64                  `protobuf:"varint,3,opt,name=granularity,proto3" json:"granularity,omitempty"` // a power of two; 0: default
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BitmapAddRequest) Reset() {
+	*x = BitmapAddRequest{}
+	mi := &file_control_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BitmapAddRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BitmapAddRequest) ProtoMessage() {}
+
+func (x *BitmapAddRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BitmapAddRequest.ProtoReflect.Descriptor instead.
+func (*BitmapAddRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *BitmapAddRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *BitmapAddRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BitmapAddRequest) GetGranularity() int64 {
+	if x != nil {
+		return x.Granularity
+	}
+	return 0
+}
+
+type BitmapRemoveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BitmapRemoveRequest) Reset() {
+	*x = BitmapRemoveRequest{}
+	mi := &file_control_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BitmapRemoveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BitmapRemoveRequest) ProtoMessage() {}
+
+func (x *BitmapRemoveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BitmapRemoveRequest.ProtoReflect.Descriptor instead.
+func (*BitmapRemoveRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *BitmapRemoveRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *BitmapRemoveRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type BitmapRemoveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BitmapRemoveResponse) Reset() {
+	*x = BitmapRemoveResponse{}
+	mi := &file_control_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BitmapRemoveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BitmapRemoveResponse) ProtoMessage() {}
+
+func (x *BitmapRemoveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BitmapRemoveResponse.ProtoReflect.Descriptor instead.
+func (*BitmapRemoveResponse) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{39}
+}
+
+type BitmapClearRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BitmapClearRequest) Reset() {
+	*x = BitmapClearRequest{}
+	mi := &file_control_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BitmapClearRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BitmapClearRequest) ProtoMessage() {}
+
+func (x *BitmapClearRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BitmapClearRequest.ProtoReflect.Descriptor instead.
+func (*BitmapClearRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *BitmapClearRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *BitmapClearRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type BitmapListRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"` // empty: all disks
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BitmapListRequest) Reset() {
+	*x = BitmapListRequest{}
+	mi := &file_control_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BitmapListRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BitmapListRequest) ProtoMessage() {}
+
+func (x *BitmapListRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BitmapListRequest.ProtoReflect.Descriptor instead.
+func (*BitmapListRequest) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *BitmapListRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+type BitmapListResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bitmaps       []*Bitmap              `protobuf:"bytes,1,rep,name=bitmaps,proto3" json:"bitmaps,omitempty"` // by disk and name
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BitmapListResponse) Reset() {
+	*x = BitmapListResponse{}
+	mi := &file_control_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BitmapListResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BitmapListResponse) ProtoMessage() {}
+
+func (x *BitmapListResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BitmapListResponse.ProtoReflect.Descriptor instead.
+func (*BitmapListResponse) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *BitmapListResponse) GetBitmaps() []*Bitmap {
+	if x != nil {
+		return x.Bitmaps
+	}
+	return nil
+}
+
 var File_control_proto protoreflect.FileDescriptor
 
 const file_control_proto_rawDesc = "" +
@@ -2455,7 +3023,7 @@ const file_control_proto_rawDesc = "" +
 	"\x12DiskRemoveResponse\"7\n" +
 	"\x11DiskResizeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\"\x90\x06\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"\xde\x06\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
@@ -2493,7 +3061,11 @@ const file_control_proto_rawDesc = "" +
 	"\x0fon_source_error\x18\x19 \x01(\tR\ronSourceError\x12&\n" +
 	"\x0fon_target_error\x18\x1a \x01(\tR\ronTargetError\x12\x16\n" +
 	"\x06method\x18\x1b \x01(\tR\x06method\x12\x12\n" +
-	"\x04base\x18\x1c \x01(\tR\x04base\"\xfc\x03\n" +
+	"\x04base\x18\x1c \x01(\tR\x04base\x12\x16\n" +
+	"\x06bitmap\x18( \x01(\tR\x06bitmap\x12\x12\n" +
+	"\x04full\x18) \x01(\bR\x04full\x12 \n" +
+	"\fon_cbw_error\x18* \x01(\tR\n" +
+	"onCbwError\"\xfc\x03\n" +
 	"\vCopyRequest\x12\x12\n" +
 	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x16\n" +
@@ -2587,8 +3159,51 @@ const file_control_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04role\x18\x03 \x01(\tR\x04role\x12\x16\n" +
-	"\x06target\x18\x04 \x01(\tR\x06target2\xb9\n" +
-	"\n" +
+	"\x06target\x18\x04 \x01(\tR\x06target\"\xac\x03\n" +
+	"\rBackupRequest\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\x12\x16\n" +
+	"\x06format\x18\x03 \x01(\tR\x06format\x12\x1a\n" +
+	"\bexisting\x18\x04 \x01(\bR\bexisting\x12\x12\n" +
+	"\x04base\x18\x05 \x01(\tR\x04base\x12\x1f\n" +
+	"\vbase_format\x18\x06 \x01(\tR\n" +
+	"baseFormat\x12\x16\n" +
+	"\x06bitmap\x18\a \x01(\tR\x06bitmap\x12\x12\n" +
+	"\x04full\x18\b \x01(\bR\x04full\x12!\n" +
+	"\fcluster_size\x18\t \x01(\x03R\vclusterSize\x12\x14\n" +
+	"\x05speed\x18\n" +
+	" \x01(\x03R\x05speed\x12&\n" +
+	"\x0fon_source_error\x18\v \x01(\tR\ronSourceError\x12&\n" +
+	"\x0fon_target_error\x18\f \x01(\tR\ronTargetError\x12 \n" +
+	"\fon_cbw_error\x18\r \x01(\tR\n" +
+	"onCbwError\x12\x1f\n" +
+	"\vcbw_timeout\x18\x0e \x01(\x03R\n" +
+	"cbwTimeout\x12\x0e\n" +
+	"\x02id\x18\x0f \x01(\tR\x02id\"\xb9\x01\n" +
+	"\x06Bitmap\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12 \n" +
+	"\vgranularity\x18\x03 \x01(\x03R\vgranularity\x12\x1f\n" +
+	"\vdirty_bytes\x18\x04 \x01(\x03R\n" +
+	"dirtyBytes\x12\x14\n" +
+	"\x05state\x18\x05 \x01(\tR\x05state\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x16\n" +
+	"\x06stored\x18\a \x01(\tR\x06stored\"\\\n" +
+	"\x10BitmapAddRequest\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12 \n" +
+	"\vgranularity\x18\x03 \x01(\x03R\vgranularity\"=\n" +
+	"\x13BitmapRemoveRequest\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"\x16\n" +
+	"\x14BitmapRemoveResponse\"<\n" +
+	"\x12BitmapClearRequest\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"'\n" +
+	"\x11BitmapListRequest\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\"D\n" +
+	"\x12BitmapListResponse\x12.\n" +
+	"\abitmaps\x18\x01 \x03(\v2\x14.blkstream.v1.BitmapR\abitmaps2\xa5\r\n" +
 	"\aControl\x12I\n" +
 	"\bDiskList\x12\x1d.blkstream.v1.DiskListRequest\x1a\x1e.blkstream.v1.DiskListResponse\x12=\n" +
 	"\bDiskShow\x12\x1d.blkstream.v1.DiskShowRequest\x1a\x12.blkstream.v1.Disk\x12;\n" +
@@ -2612,7 +3227,13 @@ const file_control_proto_rawDesc = "" +
 	"\aVersion\x12\x1c.blkstream.v1.VersionRequest\x1a\x1d.blkstream.v1.VersionResponse\x12I\n" +
 	"\bSnapshot\x12\x1d.blkstream.v1.SnapshotRequest\x1a\x1e.blkstream.v1.SnapshotResponse\x128\n" +
 	"\x06Commit\x12\x1b.blkstream.v1.CommitRequest\x1a\x11.blkstream.v1.Job\x12;\n" +
-	"\aDiskSet\x12\x1c.blkstream.v1.DiskSetRequest\x1a\x12.blkstream.v1.DiskB-Z+github.com/blkstream/blkstream/copy/controlb\x06proto3"
+	"\aDiskSet\x12\x1c.blkstream.v1.DiskSetRequest\x1a\x12.blkstream.v1.Disk\x128\n" +
+	"\x06Backup\x12\x1b.blkstream.v1.BackupRequest\x1a\x11.blkstream.v1.Job\x12A\n" +
+	"\tBitmapAdd\x12\x1e.blkstream.v1.BitmapAddRequest\x1a\x14.blkstream.v1.Bitmap\x12U\n" +
+	"\fBitmapRemove\x12!.blkstream.v1.BitmapRemoveRequest\x1a\".blkstream.v1.BitmapRemoveResponse\x12E\n" +
+	"\vBitmapClear\x12 .blkstream.v1.BitmapClearRequest\x1a\x14.blkstream.v1.Bitmap\x12O\n" +
+	"\n" +
+	"BitmapList\x12\x1f.blkstream.v1.BitmapListRequest\x1a .blkstream.v1.BitmapListResponseB-Z+github.com/blkstream/blkstream/copy/controlb\x06proto3"
 
 var (
 	file_control_proto_rawDescOnce sync.Once
@@ -2626,43 +3247,51 @@ func file_control_proto_rawDescGZIP() []byte {
 	return file_control_proto_rawDescData
 }
 
-var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
+var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_control_proto_goTypes = []any{
-	(*DiskStats)(nil),          // 0: blkstream.v1.DiskStats
-	(*Disk)(nil),               // 1: blkstream.v1.Disk
-	(*DiskListRequest)(nil),    // 2: blkstream.v1.DiskListRequest
-	(*DiskListResponse)(nil),   // 3: blkstream.v1.DiskListResponse
-	(*DiskShowRequest)(nil),    // 4: blkstream.v1.DiskShowRequest
-	(*DiskAddRequest)(nil),     // 5: blkstream.v1.DiskAddRequest
-	(*DiskRemoveRequest)(nil),  // 6: blkstream.v1.DiskRemoveRequest
-	(*DiskRemoveResponse)(nil), // 7: blkstream.v1.DiskRemoveResponse
-	(*DiskResizeRequest)(nil),  // 8: blkstream.v1.DiskResizeRequest
-	(*Job)(nil),                // 9: blkstream.v1.Job
-	(*CopyRequest)(nil),        // 10: blkstream.v1.CopyRequest
-	(*SwitchRequest)(nil),      // 11: blkstream.v1.SwitchRequest
-	(*SwitchResponse)(nil),     // 12: blkstream.v1.SwitchResponse
-	(*JobListRequest)(nil),     // 13: blkstream.v1.JobListRequest
-	(*JobListResponse)(nil),    // 14: blkstream.v1.JobListResponse
-	(*JobShowRequest)(nil),     // 15: blkstream.v1.JobShowRequest
-	(*JobWatchRequest)(nil),    // 16: blkstream.v1.JobWatchRequest
-	(*JobEvent)(nil),           // 17: blkstream.v1.JobEvent
-	(*JobPauseRequest)(nil),    // 18: blkstream.v1.JobPauseRequest
-	(*JobResumeRequest)(nil),   // 19: blkstream.v1.JobResumeRequest
-	(*JobCancelRequest)(nil),   // 20: blkstream.v1.JobCancelRequest
-	(*JobSpeedRequest)(nil),    // 21: blkstream.v1.JobSpeedRequest
-	(*JobDismissRequest)(nil),  // 22: blkstream.v1.JobDismissRequest
-	(*JobDismissResponse)(nil), // 23: blkstream.v1.JobDismissResponse
-	(*StreamRequest)(nil),      // 24: blkstream.v1.StreamRequest
-	(*VersionRequest)(nil),     // 25: blkstream.v1.VersionRequest
-	(*VersionResponse)(nil),    // 26: blkstream.v1.VersionResponse
-	(*SnapshotRequest)(nil),    // 27: blkstream.v1.SnapshotRequest
-	(*SnapshotDisk)(nil),       // 28: blkstream.v1.SnapshotDisk
-	(*SnapshotResponse)(nil),   // 29: blkstream.v1.SnapshotResponse
-	(*SnapshotTaken)(nil),      // 30: blkstream.v1.SnapshotTaken
-	(*CommitRequest)(nil),      // 31: blkstream.v1.CommitRequest
-	(*DiskSetRequest)(nil),     // 32: blkstream.v1.DiskSetRequest
-	(*ChainImage)(nil),         // 33: blkstream.v1.ChainImage
-	(*ChainJob)(nil),           // 34: blkstream.v1.ChainJob
+	(*DiskStats)(nil),            // 0: blkstream.v1.DiskStats
+	(*Disk)(nil),                 // 1: blkstream.v1.Disk
+	(*DiskListRequest)(nil),      // 2: blkstream.v1.DiskListRequest
+	(*DiskListResponse)(nil),     // 3: blkstream.v1.DiskListResponse
+	(*DiskShowRequest)(nil),      // 4: blkstream.v1.DiskShowRequest
+	(*DiskAddRequest)(nil),       // 5: blkstream.v1.DiskAddRequest
+	(*DiskRemoveRequest)(nil),    // 6: blkstream.v1.DiskRemoveRequest
+	(*DiskRemoveResponse)(nil),   // 7: blkstream.v1.DiskRemoveResponse
+	(*DiskResizeRequest)(nil),    // 8: blkstream.v1.DiskResizeRequest
+	(*Job)(nil),                  // 9: blkstream.v1.Job
+	(*CopyRequest)(nil),          // 10: blkstream.v1.CopyRequest
+	(*SwitchRequest)(nil),        // 11: blkstream.v1.SwitchRequest
+	(*SwitchResponse)(nil),       // 12: blkstream.v1.SwitchResponse
+	(*JobListRequest)(nil),       // 13: blkstream.v1.JobListRequest
+	(*JobListResponse)(nil),      // 14: blkstream.v1.JobListResponse
+	(*JobShowRequest)(nil),       // 15: blkstream.v1.JobShowRequest
+	(*JobWatchRequest)(nil),      // 16: blkstream.v1.JobWatchRequest
+	(*JobEvent)(nil),             // 17: blkstream.v1.JobEvent
+	(*JobPauseRequest)(nil),      // 18: blkstream.v1.JobPauseRequest
+	(*JobResumeRequest)(nil),     // 19: blkstream.v1.JobResumeRequest
+	(*JobCancelRequest)(nil),     // 20: blkstream.v1.JobCancelRequest
+	(*JobSpeedRequest)(nil),      // 21: blkstream.v1.JobSpeedRequest
+	(*JobDismissRequest)(nil),    // 22: blkstream.v1.JobDismissRequest
+	(*JobDismissResponse)(nil),   // 23: blkstream.v1.JobDismissResponse
+	(*StreamRequest)(nil),        // 24: blkstream.v1.StreamRequest
+	(*VersionRequest)(nil),       // 25: blkstream.v1.VersionRequest
+	(*VersionResponse)(nil),      // 26: blkstream.v1.VersionResponse
+	(*SnapshotRequest)(nil),      // 27: blkstream.v1.SnapshotRequest
+	(*SnapshotDisk)(nil),         // 28: blkstream.v1.SnapshotDisk
+	(*SnapshotResponse)(nil),     // 29: blkstream.v1.SnapshotResponse
+	(*SnapshotTaken)(nil),        // 30: blkstream.v1.SnapshotTaken
+	(*CommitRequest)(nil),        // 31: blkstream.v1.CommitRequest
+	(*DiskSetRequest)(nil),       // 32: blkstream.v1.DiskSetRequest
+	(*ChainImage)(nil),           // 33: blkstream.v1.ChainImage
+	(*ChainJob)(nil),             // 34: blkstream.v1.ChainJob
+	(*BackupRequest)(nil),        // 35: blkstream.v1.BackupRequest
+	(*Bitmap)(nil),               // 36: blkstream.v1.Bitmap
+	(*BitmapAddRequest)(nil),     // 37: blkstream.v1.BitmapAddRequest
+	(*BitmapRemoveRequest)(nil),  // 38: blkstream.v1.BitmapRemoveRequest
+	(*BitmapRemoveResponse)(nil), // 39: blkstream.v1.BitmapRemoveResponse
+	(*BitmapClearRequest)(nil),   // 40: blkstream.v1.BitmapClearRequest
+	(*BitmapListRequest)(nil),    // 41: blkstream.v1.BitmapListRequest
+	(*BitmapListResponse)(nil),   // 42: blkstream.v1.BitmapListResponse
 }
 var file_control_proto_depIdxs = []int32{
 	0,  // 0: blkstream.v1.Disk.stats:type_name -> blkstream.v1.DiskStats
@@ -2674,51 +3303,62 @@ var file_control_proto_depIdxs = []int32{
 	28, // 6: blkstream.v1.SnapshotRequest.disks:type_name -> blkstream.v1.SnapshotDisk
 	30, // 7: blkstream.v1.SnapshotResponse.taken:type_name -> blkstream.v1.SnapshotTaken
 	34, // 8: blkstream.v1.ChainImage.jobs:type_name -> blkstream.v1.ChainJob
-	2,  // 9: blkstream.v1.Control.DiskList:input_type -> blkstream.v1.DiskListRequest
-	4,  // 10: blkstream.v1.Control.DiskShow:input_type -> blkstream.v1.DiskShowRequest
-	5,  // 11: blkstream.v1.Control.DiskAdd:input_type -> blkstream.v1.DiskAddRequest
-	6,  // 12: blkstream.v1.Control.DiskRemove:input_type -> blkstream.v1.DiskRemoveRequest
-	8,  // 13: blkstream.v1.Control.DiskResize:input_type -> blkstream.v1.DiskResizeRequest
-	10, // 14: blkstream.v1.Control.Copy:input_type -> blkstream.v1.CopyRequest
-	11, // 15: blkstream.v1.Control.Switch:input_type -> blkstream.v1.SwitchRequest
-	13, // 16: blkstream.v1.Control.JobList:input_type -> blkstream.v1.JobListRequest
-	15, // 17: blkstream.v1.Control.JobShow:input_type -> blkstream.v1.JobShowRequest
-	16, // 18: blkstream.v1.Control.JobWatch:input_type -> blkstream.v1.JobWatchRequest
-	18, // 19: blkstream.v1.Control.JobPause:input_type -> blkstream.v1.JobPauseRequest
-	19, // 20: blkstream.v1.Control.JobResume:input_type -> blkstream.v1.JobResumeRequest
-	20, // 21: blkstream.v1.Control.JobCancel:input_type -> blkstream.v1.JobCancelRequest
-	21, // 22: blkstream.v1.Control.JobSpeed:input_type -> blkstream.v1.JobSpeedRequest
-	22, // 23: blkstream.v1.Control.JobDismiss:input_type -> blkstream.v1.JobDismissRequest
-	24, // 24: blkstream.v1.Control.Stream:input_type -> blkstream.v1.StreamRequest
-	25, // 25: blkstream.v1.Control.Version:input_type -> blkstream.v1.VersionRequest
-	27, // 26: blkstream.v1.Control.Snapshot:input_type -> blkstream.v1.SnapshotRequest
-	31, // 27: blkstream.v1.Control.Commit:input_type -> blkstream.v1.CommitRequest
-	32, // 28: blkstream.v1.Control.DiskSet:input_type -> blkstream.v1.DiskSetRequest
-	3,  // 29: blkstream.v1.Control.DiskList:output_type -> blkstream.v1.DiskListResponse
-	1,  // 30: blkstream.v1.Control.DiskShow:output_type -> blkstream.v1.Disk
-	1,  // 31: blkstream.v1.Control.DiskAdd:output_type -> blkstream.v1.Disk
-	7,  // 32: blkstream.v1.Control.DiskRemove:output_type -> blkstream.v1.DiskRemoveResponse
-	1,  // 33: blkstream.v1.Control.DiskResize:output_type -> blkstream.v1.Disk
-	9,  // 34: blkstream.v1.Control.Copy:output_type -> blkstream.v1.Job
-	12, // 35: blkstream.v1.Control.Switch:output_type -> blkstream.v1.SwitchResponse
-	14, // 36: blkstream.v1.Control.JobList:output_type -> blkstream.v1.JobListResponse
-	9,  // 37: blkstream.v1.Control.JobShow:output_type -> blkstream.v1.Job
-	17, // 38: blkstream.v1.Control.JobWatch:output_type -> blkstream.v1.JobEvent
-	9,  // 39: blkstream.v1.Control.JobPause:output_type -> blkstream.v1.Job
-	9,  // 40: blkstream.v1.Control.JobResume:output_type -> blkstream.v1.Job
-	9,  // 41: blkstream.v1.Control.JobCancel:output_type -> blkstream.v1.Job
-	9,  // 42: blkstream.v1.Control.JobSpeed:output_type -> blkstream.v1.Job
-	23, // 43: blkstream.v1.Control.JobDismiss:output_type -> blkstream.v1.JobDismissResponse
-	9,  // 44: blkstream.v1.Control.Stream:output_type -> blkstream.v1.Job
-	26, // 45: blkstream.v1.Control.Version:output_type -> blkstream.v1.VersionResponse
-	29, // 46: blkstream.v1.Control.Snapshot:output_type -> blkstream.v1.SnapshotResponse
-	9,  // 47: blkstream.v1.Control.Commit:output_type -> blkstream.v1.Job
-	1,  // 48: blkstream.v1.Control.DiskSet:output_type -> blkstream.v1.Disk
-	29, // [29:49] is the sub-list for method output_type
-	9,  // [9:29] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	36, // 9: blkstream.v1.BitmapListResponse.bitmaps:type_name -> blkstream.v1.Bitmap
+	2,  // 10: blkstream.v1.Control.DiskList:input_type -> blkstream.v1.DiskListRequest
+	4,  // 11: blkstream.v1.Control.DiskShow:input_type -> blkstream.v1.DiskShowRequest
+	5,  // 12: blkstream.v1.Control.DiskAdd:input_type -> blkstream.v1.DiskAddRequest
+	6,  // 13: blkstream.v1.Control.DiskRemove:input_type -> blkstream.v1.DiskRemoveRequest
+	8,  // 14: blkstream.v1.Control.DiskResize:input_type -> blkstream.v1.DiskResizeRequest
+	10, // 15: blkstream.v1.Control.Copy:input_type -> blkstream.v1.CopyRequest
+	11, // 16: blkstream.v1.Control.Switch:input_type -> blkstream.v1.SwitchRequest
+	13, // 17: blkstream.v1.Control.JobList:input_type -> blkstream.v1.JobListRequest
+	15, // 18: blkstream.v1.Control.JobShow:input_type -> blkstream.v1.JobShowRequest
+	16, // 19: blkstream.v1.Control.JobWatch:input_type -> blkstream.v1.JobWatchRequest
+	18, // 20: blkstream.v1.Control.JobPause:input_type -> blkstream.v1.JobPauseRequest
+	19, // 21: blkstream.v1.Control.JobResume:input_type -> blkstream.v1.JobResumeRequest
+	20, // 22: blkstream.v1.Control.JobCancel:input_type -> blkstream.v1.JobCancelRequest
+	21, // 23: blkstream.v1.Control.JobSpeed:input_type -> blkstream.v1.JobSpeedRequest
+	22, // 24: blkstream.v1.Control.JobDismiss:input_type -> blkstream.v1.JobDismissRequest
+	24, // 25: blkstream.v1.Control.Stream:input_type -> blkstream.v1.StreamRequest
+	25, // 26: blkstream.v1.Control.Version:input_type -> blkstream.v1.VersionRequest
+	27, // 27: blkstream.v1.Control.Snapshot:input_type -> blkstream.v1.SnapshotRequest
+	31, // 28: blkstream.v1.Control.Commit:input_type -> blkstream.v1.CommitRequest
+	32, // 29: blkstream.v1.Control.DiskSet:input_type -> blkstream.v1.DiskSetRequest
+	35, // 30: blkstream.v1.Control.Backup:input_type -> blkstream.v1.BackupRequest
+	37, // 31: blkstream.v1.Control.BitmapAdd:input_type -> blkstream.v1.BitmapAddRequest
+	38, // 32: blkstream.v1.Control.BitmapRemove:input_type -> blkstream.v1.BitmapRemoveRequest
+	40, // 33: blkstream.v1.Control.BitmapClear:input_type -> blkstream.v1.BitmapClearRequest
+	41, // 34: blkstream.v1.Control.BitmapList:input_type -> blkstream.v1.BitmapListRequest
+	3,  // 35: blkstream.v1.Control.DiskList:output_type -> blkstream.v1.DiskListResponse
+	1,  // 36: blkstream.v1.Control.DiskShow:output_type -> blkstream.v1.Disk
+	1,  // 37: blkstream.v1.Control.DiskAdd:output_type -> blkstream.v1.Disk
+	7,  // 38: blkstream.v1.Control.DiskRemove:output_type -> blkstream.v1.DiskRemoveResponse
+	1,  // 39: blkstream.v1.Control.DiskResize:output_type -> blkstream.v1.Disk
+	9,  // 40: blkstream.v1.Control.Copy:output_type -> blkstream.v1.Job
+	12, // 41: blkstream.v1.Control.Switch:output_type -> blkstream.v1.SwitchResponse
+	14, // 42: blkstream.v1.Control.JobList:output_type -> blkstream.v1.JobListResponse
+	9,  // 43: blkstream.v1.Control.JobShow:output_type -> blkstream.v1.Job
+	17, // 44: blkstream.v1.Control.JobWatch:output_type -> blkstream.v1.JobEvent
+	9,  // 45: blkstream.v1.Control.JobPause:output_type -> blkstream.v1.Job
+	9,  // 46: blkstream.v1.Control.JobResume:output_type -> blkstream.v1.Job
+	9,  // 47: blkstream.v1.Control.JobCancel:output_type -> blkstream.v1.Job
+	9,  // 48: blkstream.v1.Control.JobSpeed:output_type -> blkstream.v1.Job
+	23, // 49: blkstream.v1.Control.JobDismiss:output_type -> blkstream.v1.JobDismissResponse
+	9,  // 50: blkstream.v1.Control.Stream:output_type -> blkstream.v1.Job
+	26, // 51: blkstream.v1.Control.Version:output_type -> blkstream.v1.VersionResponse
+	29, // 52: blkstream.v1.Control.Snapshot:output_type -> blkstream.v1.SnapshotResponse
+	9,  // 53: blkstream.v1.Control.Commit:output_type -> blkstream.v1.Job
+	1,  // 54: blkstream.v1.Control.DiskSet:output_type -> blkstream.v1.Disk
+	9,  // 55: blkstream.v1.Control.Backup:output_type -> blkstream.v1.Job
+	36, // 56: blkstream.v1.Control.BitmapAdd:output_type -> blkstream.v1.Bitmap
+	39, // 57: blkstream.v1.Control.BitmapRemove:output_type -> blkstream.v1.BitmapRemoveResponse
+	36, // 58: blkstream.v1.Control.BitmapClear:output_type -> blkstream.v1.Bitmap
+	42, // 59: blkstream.v1.Control.BitmapList:output_type -> blkstream.v1.BitmapListResponse
+	35, // [35:60] is the sub-list for method output_type
+	10, // [10:35] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_control_proto_init() }
@@ -2734,7 +3374,7 @@ func file_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_proto_rawDesc), len(file_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   35,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

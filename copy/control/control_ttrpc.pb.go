@@ -31,6 +31,11 @@ type ControlService interface {
 	Snapshot(context.Context, *SnapshotRequest) (*SnapshotResponse, error)
 	Commit(context.Context, *CommitRequest) (*Job, error)
 	DiskSet(context.Context, *DiskSetRequest) (*Disk, error)
+	Backup(context.Context, *BackupRequest) (*Job, error)
+	BitmapAdd(context.Context, *BitmapAddRequest) (*Bitmap, error)
+	BitmapRemove(context.Context, *BitmapRemoveRequest) (*BitmapRemoveResponse, error)
+	BitmapClear(context.Context, *BitmapClearRequest) (*Bitmap, error)
+	BitmapList(context.Context, *BitmapListRequest) (*BitmapListResponse, error)
 }
 
 type Control_JobWatchServer interface {
@@ -182,6 +187,41 @@ func RegisterControlService(srv *ttrpc.Server, svc ControlService) {
 				}
 				return svc.DiskSet(ctx, &req)
 			},
+			"Backup": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req BackupRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Backup(ctx, &req)
+			},
+			"BitmapAdd": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req BitmapAddRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.BitmapAdd(ctx, &req)
+			},
+			"BitmapRemove": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req BitmapRemoveRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.BitmapRemove(ctx, &req)
+			},
+			"BitmapClear": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req BitmapClearRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.BitmapClear(ctx, &req)
+			},
+			"BitmapList": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req BitmapListRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.BitmapList(ctx, &req)
+			},
 		},
 		Streams: map[string]ttrpc.Stream{
 			"JobWatch": {
@@ -220,6 +260,11 @@ type ControlClient interface {
 	Snapshot(context.Context, *SnapshotRequest) (*SnapshotResponse, error)
 	Commit(context.Context, *CommitRequest) (*Job, error)
 	DiskSet(context.Context, *DiskSetRequest) (*Disk, error)
+	Backup(context.Context, *BackupRequest) (*Job, error)
+	BitmapAdd(context.Context, *BitmapAddRequest) (*Bitmap, error)
+	BitmapRemove(context.Context, *BitmapRemoveRequest) (*BitmapRemoveResponse, error)
+	BitmapClear(context.Context, *BitmapClearRequest) (*Bitmap, error)
+	BitmapList(context.Context, *BitmapListRequest) (*BitmapListResponse, error)
 }
 
 type controlClient struct {
@@ -408,6 +453,46 @@ func (c *controlClient) Commit(ctx context.Context, req *CommitRequest) (*Job, e
 func (c *controlClient) DiskSet(ctx context.Context, req *DiskSetRequest) (*Disk, error) {
 	var resp Disk
 	if err := c.client.Call(ctx, "blkstream.v1.Control", "DiskSet", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *controlClient) Backup(ctx context.Context, req *BackupRequest) (*Job, error) {
+	var resp Job
+	if err := c.client.Call(ctx, "blkstream.v1.Control", "Backup", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *controlClient) BitmapAdd(ctx context.Context, req *BitmapAddRequest) (*Bitmap, error) {
+	var resp Bitmap
+	if err := c.client.Call(ctx, "blkstream.v1.Control", "BitmapAdd", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *controlClient) BitmapRemove(ctx context.Context, req *BitmapRemoveRequest) (*BitmapRemoveResponse, error) {
+	var resp BitmapRemoveResponse
+	if err := c.client.Call(ctx, "blkstream.v1.Control", "BitmapRemove", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *controlClient) BitmapClear(ctx context.Context, req *BitmapClearRequest) (*Bitmap, error) {
+	var resp Bitmap
+	if err := c.client.Call(ctx, "blkstream.v1.Control", "BitmapClear", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *controlClient) BitmapList(ctx context.Context, req *BitmapListRequest) (*BitmapListResponse, error) {
+	var resp BitmapListResponse
+	if err := c.client.Call(ctx, "blkstream.v1.Control", "BitmapList", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

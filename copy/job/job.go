@@ -28,6 +28,12 @@ const (
 	StageDrop   = "drop"   // the images behind it are left
 )
 
+// Stages of a backup.
+const (
+	StageBackup = "backup" // the disk as it was at one instant is copied
+	StageFlush  = "flush"  // the target is made durable
+)
+
 // States of a job.
 const (
 	StateRunning   = "running"
@@ -92,7 +98,19 @@ type Options struct {
 	Granularity   int64  `json:"granularity"`
 	OnSourceError string `json:"on_source_error"`
 	OnTargetError string `json:"on_target_error"`
+
+	// Of a backup.
+	Bitmap     string `json:"bitmap,omitempty"`       // what is copied, unless Full is set; begins anew
+	Full       bool   `json:"full,omitempty"`         // all is copied
+	OnCBWError string `json:"on_cbw_error,omitempty"` // when what the guest is about to change cannot be copied
+	CBWTimeout int64  `json:"cbw_timeout,omitempty"`  // s
 }
+
+// What to do when the target of a backup does not take what the guest is about to overwrite.
+const (
+	OnCBWErrorBreak = "break" // the backup fails and the guest goes on
+	OnCBWErrorHold  = "hold"  // the guest's write waits, and the job pauses
+)
 
 // ErrState says that a command does not fit the job's state.
 var ErrState = errors.New("not possible in this state")
@@ -132,8 +150,8 @@ func (j *Job) Changed() <-chan struct{} {
 // Done is closed when the job is over and its record written.
 func (j *Job) Done() <-chan struct{} { return j.done }
 
-// Update changes the record. A new stage, state or error is durable when Update returns; an error of the journal
-// is kept in the record's error.
+// Update changes the record. A new stage, state or error, and what is said of the target's consistency, is durable when
+// Update returns; an error of the journal is kept in the record's error.
 func (j *Job) Update(fn func(*Record)) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -143,7 +161,8 @@ func (j *Job) Update(fn func(*Record)) {
 func (j *Job) updateLocked(fn func(*Record)) {
 	old := j.rec
 	fn(&j.rec)
-	if old.Stage != j.rec.Stage || old.State != j.rec.State || old.Error != j.rec.Error || old.Options != j.rec.Options {
+	if old.Stage != j.rec.Stage || old.State != j.rec.State || old.Error != j.rec.Error ||
+		old.TargetConsistent != j.rec.TargetConsistent || old.Options != j.rec.Options {
 		if err := j.store.Save(jobs, j.rec.ID, &j.rec); err != nil && j.rec.Error == "" {
 			j.rec.Error = err.Error()
 		}

@@ -72,7 +72,12 @@ func Run(ctx context.Context, j *job.Job, s Setup) error {
 	}
 	watch, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
-	wg.Go(func() { m.report(watch) })
+	wg.Go(func() {
+		m.job.Report(watch, func() (int64, int64) {
+			done := m.done.Load()
+			return done, max(m.size-done, 0)
+		})
+	})
 	err := m.stages(ctx)
 	stop()
 	wg.Wait()
@@ -240,41 +245,4 @@ func (m *streamer) drop(ctx context.Context) error {
 		})
 	}
 	return nil
-}
-
-// report writes the progress into the job's record, a few times a second.
-func (m *streamer) report(ctx context.Context) {
-	const every = 250 * time.Millisecond
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	var rate float64
-	lastDone, last := m.done.Load(), time.Now()
-	for {
-		over := ctx.Err() != nil // asked first: the last figures are told
-		done := m.done.Load()
-		if dt := time.Since(last).Seconds(); dt > 0.01 && done >= lastDone {
-			if now := float64(done-lastDone) / dt; rate == 0 {
-				rate = now
-			} else {
-				rate += (now - rate) / 8
-			}
-		}
-		last, lastDone = time.Now(), done
-		left := max(m.size-done, 0)
-		m.job.Update(func(r *job.Record) {
-			r.BytesDone, r.BytesTotal, r.Rate, r.ETASeconds = done, done+left, int64(rate), -1
-			if left == 0 {
-				r.ETASeconds = 0
-			} else if rate > 1 {
-				r.ETASeconds = int64(float64(left) / rate)
-			}
-		})
-		if over {
-			return
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-		}
-	}
 }

@@ -73,7 +73,8 @@ type request struct {
 	pending int
 	epoch   int
 	err     error
-	log     *blk.Bitmap
+	log     *blk.Bitmap // of the extents
+	tracked *blk.Bitmap // likewise
 	start   time.Time
 
 	data    blk.Vec          // storage for req.Data where it is not a part of the chain
@@ -103,7 +104,7 @@ func (r *request) begin() {
 	} else if !r.start.IsZero() {
 		r.start = time.Time{}
 	}
-	r.log, r.err, r.nranges, r.reply = nil, nil, 0, r.reply[:0]
+	r.log, r.tracked, r.err, r.nranges, r.reply = nil, nil, nil, 0, r.reply[:0]
 	in := blk.Vec(r.chain.In)
 	n := in.Len()
 	if n == 0 {
@@ -310,10 +311,10 @@ func (r *request) mapAll(root blk.Node) (n int, ok bool) {
 		if e.Unsynced && r.req.Flags&blk.FUA != 0 {
 			return 0, false
 		}
-		if n > 0 && e.Log != r.log {
+		if n > 0 && (e.Log != r.log || e.Tracked != r.tracked) {
 			return 0, false
 		}
-		r.log = e.Log
+		r.log, r.tracked = e.Log, e.Tracked
 		io := &r.ios[n]
 		io.Reset(kind, e.Host, e.HostOff, l, part, r)
 		io.FUA = r.req.Flags&blk.FUA != 0
@@ -334,12 +335,17 @@ func (r *request) release() {
 	if r.pending--; r.pending > 0 {
 		return
 	}
-	r.q.fast.end(r.epoch)
-	if r.log != nil && r.req.Op == blk.OpWrite {
+	if r.req.Op == blk.OpWrite {
 		// Marked when the write has ended and before the guest knows: whoever cleared the bit and read the old
 		// bytes meanwhile reads them again. A failed write may have changed some of them.
-		r.log.Set(r.req.Off, r.req.Len)
+		if r.log != nil {
+			r.log.Set(r.req.Off, r.req.Len)
+		}
+		if r.tracked != nil {
+			r.tracked.Set(r.req.Off, r.req.Len)
+		}
 	}
+	r.q.fast.end(r.epoch) // after the marks: whoever waits for a barrier then looks at them
 	r.finish(r.err)
 }
 

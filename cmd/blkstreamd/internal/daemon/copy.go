@@ -15,6 +15,7 @@ import (
 	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/blk/qcow2"
 	"github.com/blkstream/blkstream/config"
+	"github.com/blkstream/blkstream/copy/backup"
 	"github.com/blkstream/blkstream/copy/blockcopy"
 	"github.com/blkstream/blkstream/copy/control"
 	"github.com/blkstream/blkstream/copy/job"
@@ -328,6 +329,9 @@ func (d *Daemon) resumeJobs(open []job.Record) {
 		if r.Kind == kindCommit {
 			r.Message = "nothing is merged; the chain is as it was"
 		}
+		if r.Kind == kindBackup {
+			r.Message = backup.Incomplete(&r)
+		}
 		if err := d.jobs.End(r); err != nil {
 			d.opts.Log.Error("the journal cannot be written", "err", err)
 		}
@@ -336,6 +340,9 @@ func (d *Daemon) resumeJobs(open []job.Record) {
 }
 
 func (d *Daemon) resumeJob(r job.Record) error {
+	if r.Kind == kindBackup {
+		return d.resumeBackup(r)
+	}
 	k, err := d.find(r.Disk)
 	if err != nil {
 		return err

@@ -63,6 +63,7 @@ type disk struct {
 	holds  int        // who needs the image's locks: the guest's queues, a job, a resize
 
 	notCopied *copyErrors // of copy on read
+	bitmaps   *bitmaps
 
 	mu  sync.Mutex
 	rec record
@@ -255,6 +256,7 @@ func (d *Daemon) checkRoots(path string) error {
 // startDisk opens the image and serves the socket.
 func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 	k := &disk{d: d, spec: spec, rec: r, graph: blk.NewGraph(nil), served: make(chan struct{}), notCopied: newCopyErrors()}
+	k.bitmaps = &bitmaps{k: k}
 	backing := k.backing()
 	unlocked := spec.Lock == lockRunning && r.Format == image.Raw // hold locks no other
 	img, err := d.openImage(r.Image, r.Format, &spec, k.graph, backing, unlocked)
@@ -270,6 +272,9 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 	if err := k.graph.Change(context.Background(), func(tx *blk.Tx) error { tx.SetRoot(k.over(img)); return nil }); err != nil {
 		return nil, errors.Join(err, img.Close())
 	}
+	if err := k.bitmaps.load(); err != nil {
+		return nil, errors.Join(err, k.bitmaps.sync(), img.Close())
+	}
 	k.dev = vblk.New(k.graph, size, vblk.Options{
 		ID: spec.ID, Serial: spec.Serial, Queues: spec.Queues, Depth: spec.QueueSize, BlockSize: spec.BlockSize,
 		ReadOnly: spec.ReadOnly, Discard: spec.Discard, WriteThrough: spec.Cache == "writethrough", CacheOff: r.CacheOff,
@@ -277,7 +282,7 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 	})
 	k.server = vhostuser.NewServer(k.dev, vhostuser.Options{Logger: d.opts.Log.With("disk", spec.ID)})
 	if err := k.serve(); err != nil {
-		return nil, errors.Join(err, img.Close())
+		return nil, errors.Join(err, k.bitmaps.sync(), img.Close())
 	}
 	d.mu.Lock()
 	d.disks[spec.ID] = k
@@ -361,9 +366,15 @@ func (k *disk) stop() error {
 	if withoutCopyOnRead(root) != k.image().Root {
 		return errors.Join(err, fmt.Errorf("disk %q: a job's filter could not be removed, its images stay open", k.spec.ID))
 	}
-	k.mu.Lock() // somebody may still be drawing its chain
+	err = errors.Join(err, k.bitmaps.sync(), k.closeImage())
+	return errors.Join(err, k.bitmaps.stopped())
+}
+
+// closeImage closes what the disk is on. Somebody may still be drawing its chain.
+func (k *disk) closeImage() error {
+	k.mu.Lock()
 	defer k.mu.Unlock()
-	return errors.Join(err, k.img.Close())
+	return k.img.Close()
 }
 
 func (k *disk) image() *image.Image {
@@ -443,6 +454,9 @@ func (k *disk) warning() string {
 	if w := k.notCopied.warning(); w != "" {
 		all = append(all, w)
 	}
+	if w := k.bitmaps.warning(); w != "" {
+		all = append(all, w)
+	}
 	if n, ok := k.image().Root.(*qcow2.Node); ok {
 		all = append(all, n.Warnings()...)
 	}
@@ -486,7 +500,11 @@ func (k *disk) resize(ctx context.Context, size int64) error {
 		if old := tx.Root().Info().Size; size < old {
 			return control.Errorf(control.ErrInvalid, "disk %q has %d bytes: making it smaller would cut data off", k.spec.ID, old)
 		}
-		return root.Resize(blk.NewTask(), size, false)
+		if err := root.Resize(blk.NewTask(), size, false); err != nil {
+			return err
+		}
+		tx.SetRoot(tx.Root())
+		return nil
 	})
 	if err != nil {
 		return err

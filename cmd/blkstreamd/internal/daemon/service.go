@@ -176,12 +176,17 @@ func (s *service) DiskRemove(_ context.Context, r *control.DiskRemoveRequest) (*
 	if k.server.Connected() {
 		return nil, control.Errorf(control.ErrPrecondition, "a guest uses disk %q: unplug it there first", r.Id)
 	}
-	if k.record().Added != nil {
+	added := k.record().Added != nil
+	if added {
 		if err := s.d.store.Delete(recordKind, r.Id); err != nil {
 			return nil, err
 		}
 	}
-	return &control.DiskRemoveResponse{}, k.stop()
+	err = k.stop()
+	if added {
+		err = errors.Join(err, k.bitmaps.forget())
+	}
+	return &control.DiskRemoveResponse{}, err
 }
 
 func (s *service) DiskResize(ctx context.Context, r *control.DiskResizeRequest) (*control.Disk, error) {
@@ -353,5 +358,6 @@ func message(r job.Record) *control.Job {
 		EtaSeconds: r.ETASeconds, Converging: r.Converging, Speed: r.Speed, Granularity: r.Granularity,
 		TargetConsistent: r.TargetConsistent, Verify: r.Verify, VerifiedBytes: r.VerifiedBytes, StartedMs: r.StartedMS, EndedMs: r.EndedMS,
 		SwitchMode: r.SwitchMode, OnSourceError: r.OnSourceError, OnTargetError: r.OnTargetError, Method: r.Method, Base: r.Base,
+		Bitmap: r.Bitmap, Full: r.Full, OnCbwError: r.OnCBWError,
 	}
 }

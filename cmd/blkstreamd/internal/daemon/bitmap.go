@@ -1,0 +1,721 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/bits"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/dirty"
+	"github.com/blkstream/blkstream/blk/file"
+	"github.com/blkstream/blkstream/copy/control"
+	"github.com/blkstream/blkstream/copy/job"
+)
+
+// The dirty bitmaps of a disk. While the disk is served they are the head of its graph (blk/dirty) and have files in
+// the state directory. In order:
+//
+//  1. When the disk is started, each bitmap comes from where the record says that it is: from its file, with the
+//     regions of the intent log if the disk was not stopped in order. It is inconsistent, and records nothing, if
+//     somebody has written to the image since the disk was stopped, or if its file was damaged.
+//  2. The record, which now says that the disk is being served, is made durable, and then the guest may write.
+//  3. When the disk is stopped the files are completed, and the record says what the image looks like.
+//
+// The record is the list of the bitmaps: a file that it does not name is of no use and is removed.
+
+const (
+	bitmapKind = "bitmaps"
+
+	defaultBitmapGranularity = 64 << 10
+	minBitmapGranularity     = 4 << 10
+	maxBitmapGranularity     = 64 << 20
+	// maxDiskBitmaps bounds the memory and the work of each write's marks.
+	maxDiskBitmaps = 64
+)
+
+// bitmapsRecord is what the state directory keeps of a disk's bitmaps.
+type bitmapsRecord struct {
+	Bitmaps []bitmapRecord `json:"bitmaps"`
+	// Image is what the disk was on when this was written. It may have moved since; its own record knows that.
+	Image string `json:"image"`
+	// Stopped is the image when the disk was stopped; nil: the disk is served, or was when the daemon died.
+	Stopped *imageState `json:"stopped,omitempty"`
+}
+
+type bitmapRecord struct {
+	Name        string `json:"name"`
+	Granularity int64  `json:"granularity"`
+	File        string `json:"file,omitempty"`
+	// Broken says why the bitmap does not hold everything.
+	Broken string `json:"broken,omitempty"`
+}
+
+// imageState tells whether somebody has written to an image.
+type imageState struct {
+	Path     string `json:"path"`
+	Size     int64  `json:"size"`
+	Inode    uint64 `json:"inode"`
+	Modified int64  `json:"modified"` // nanoseconds since the epoch
+}
+
+func stateOf(path string) (*imageState, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return nil, fmt.Errorf("image %q: %w", path, err)
+	}
+	return &imageState{Path: path, Size: st.Size, Inode: st.Ino, Modified: st.Mtim.Nano()}, nil
+}
+
+// bitmaps are those of one disk.
+type bitmaps struct {
+	k *disk
+
+	// Commands that change the list hold Daemon.changes. mu is taken after the graph's lock.
+	mu   sync.Mutex
+	head *dirty.Node // nil: nothing was ever recorded
+	all  []*diskBitmap
+}
+
+type diskBitmap struct {
+	bitmapRecord
+	bits *dirty.Bitmap // nil: it does not record
+}
+
+func (b *bitmaps) store() *job.Store { return b.k.d.store }
+
+// dir is for the files. A record's name ends in .json, so no other disk has that folder.
+func (b *bitmaps) dir() string {
+	return filepath.Join(b.k.d.file.Daemon.StateDir, bitmapKind, b.k.spec.ID+".d")
+}
+
+func (b *bitmaps) find(name string) (*diskBitmap, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, m := range b.all {
+		if m.Name == name {
+			return m, nil
+		}
+	}
+	return nil, control.Errorf(control.ErrNotFound, "disk %q has no bitmap %q", b.k.spec.ID, name)
+}
+
+// list is a copy.
+func (b *bitmaps) list() []*diskBitmap {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Clone(b.all)
+}
+
+// save makes the record durable.
+func (b *bitmaps) save(stopped *imageState) error {
+	r := bitmapsRecord{Image: b.k.record().Image, Stopped: stopped}
+	broken := b.lost()
+	for _, m := range b.list() {
+		rec := m.bitmapRecord
+		if rec.Broken == "" && broken != nil {
+			rec.Broken = broken.Error()
+		}
+		r.Bitmaps = append(r.Bitmaps, rec)
+	}
+	if len(r.Bitmaps) == 0 {
+		return b.store().Delete(bitmapKind, b.k.spec.ID)
+	}
+	return b.store().Save(bitmapKind, b.k.spec.ID, &r)
+}
+
+// lost says why the bitmaps that record do not hold everything; nil: they do.
+func (b *bitmaps) lost() error {
+	head := b.recorder()
+	if head == nil {
+		return nil
+	}
+	if err := head.Err(); err != nil {
+		return missed(err)
+	}
+	return nil
+}
+
+func missed(err error) error { return fmt.Errorf("writes were missed: %w", err) }
+
+// load finds the disk's bitmaps before it is served. The graph has its root.
+func (b *bitmaps) load() error {
+	if b.store() == nil || b.k.spec.ReadOnly {
+		return nil // a disk that does not change leaves everything as it is
+	}
+	var r bitmapsRecord
+	found, err := b.store().Load(bitmapKind, b.k.spec.ID, &r)
+	if err != nil || !found {
+		return err
+	}
+	t := blk.NewTask()
+	bits, err := b.read(t, &r)
+	if err != nil {
+		return err
+	}
+	for _, rec := range r.Bitmaps {
+		b.all = append(b.all, &diskBitmap{bitmapRecord: rec})
+	}
+	if err := b.begin(t, bits); err != nil {
+		return err
+	}
+	if err := b.save(nil); err != nil {
+		return err
+	}
+	b.sweep()
+	for _, m := range b.all {
+		if m.Broken != "" {
+			b.k.d.opts.Log.Warn("a bitmap is inconsistent", "disk", b.k.spec.ID, "bitmap", m.Name, "reason", m.Broken)
+		}
+	}
+	return nil
+}
+
+// read gets the bits of those that are good, and says of the others why they are not.
+func (b *bitmaps) read(t *blk.Task, r *bitmapsRecord) ([]*blk.Bitmap, error) {
+	why := ""
+	switch now := b.k.record(); {
+	case b.k.spec.Lock == lockRunning:
+		why = fmt.Sprintf("with lock = %q another host may have written to the image", lockRunning)
+	case r.Image != now.Image && !slices.Contains(now.Moved, r.Image):
+		why = fmt.Sprintf("it is of another image, %s", r.Image)
+	case r.Stopped != nil:
+		is, err := stateOf(now.Image)
+		if err != nil {
+			return nil, err
+		}
+		if *is != *r.Stopped {
+			why = "the image was changed while the disk was not served"
+		}
+	}
+	all := make([]*blk.Bitmap, len(r.Bitmaps))
+	var good []*blk.Bitmap
+	for i := range r.Bitmaps {
+		m := &r.Bitmaps[i]
+		if m.Broken == "" {
+			m.Broken = why
+		}
+		if m.Broken != "" {
+			continue
+		}
+		bits, err := b.readFile(t, m.File)
+		if err != nil {
+			m.Broken = err.Error()
+			continue
+		}
+		all[i], good = bits, append(good, bits)
+	}
+	if len(good) == 0 {
+		return all, nil
+	}
+	if err := b.readLog(t, good); err != nil {
+		for i := range r.Bitmaps {
+			if all[i] != nil {
+				all[i], r.Bitmaps[i].Broken = nil, err.Error()
+			}
+		}
+	}
+	return all, nil
+}
+
+func (b *bitmaps) readFile(t *blk.Task, name string) (*blk.Bitmap, error) {
+	f, err := b.open(name)
+	if err != nil {
+		return nil, err
+	}
+	bits, err := dirty.ReadBits(t, f, b.k.image().Root.Info().Size)
+	return bits, errors.Join(err, f.Close())
+}
+
+const logName = "log"
+
+func (b *bitmaps) readLog(t *blk.Task, bits []*blk.Bitmap) error {
+	f, err := b.open(logName)
+	if err != nil {
+		return err
+	}
+	return errors.Join(dirty.ReadLog(t, f, bits...), f.Close())
+}
+
+func (b *bitmaps) open(name string) (*file.Node, error) {
+	var f *file.Node
+	err := b.k.d.patiently(func() (err error) {
+		f, err = file.Open(filepath.Join(b.dir(), name), file.Options{})
+		return err
+	})
+	return f, err
+}
+
+// begin lets those record that have bits. Their files and the log are used further: at any moment the two hold all that
+// they held before, and more.
+func (b *bitmaps) begin(t *blk.Task, bits []*blk.Bitmap) error {
+	if !slices.ContainsFunc(bits, func(m *blk.Bitmap) bool { return m != nil }) {
+		return nil
+	}
+	if err := b.startHead(); err != nil {
+		return err
+	}
+	return b.k.graph.Change(context.Background(), func(tx *blk.Tx) error {
+		tx.SetHead(b.head)
+		for i, m := range b.all {
+			if bits[i] == nil {
+				continue
+			}
+			f, err := b.open(m.File)
+			if err != nil {
+				return err
+			}
+			if m.bits, err = b.head.Add(t, f, bits[i]); err != nil {
+				return errors.Join(err, f.Close())
+			}
+		}
+		return nil
+	})
+}
+
+// startHead makes the filter over the log as it is.
+func (b *bitmaps) startHead() error {
+	log, err := b.open(logName)
+	if err != nil {
+		return err
+	}
+	head, err := dirty.New(dirty.Options{Log: log, Barrier: b.k.graph.Barrier, Broken: b.broken})
+	if err != nil {
+		return errors.Join(err, log.Close())
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.head = head
+	return nil
+}
+
+// broken is called when the state directory has failed.
+func (b *bitmaps) broken(err error) error {
+	b.k.d.opts.Log.Error("the dirty bitmaps are inconsistent from now on: writes are missed", "disk", b.k.spec.ID, "err", err)
+	return b.save(nil)
+}
+
+// create makes an empty file.
+func (b *bitmaps) create(name string) (*file.Node, error) {
+	if err := os.MkdirAll(b.dir(), 0o700); err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	path := filepath.Join(b.dir(), name)
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	if err := f.Close(); err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	for dir := path; dir != b.k.d.file.Daemon.StateDir; {
+		dir = filepath.Dir(dir)
+		if err := syncDir(dir); err != nil {
+			return nil, err
+		}
+	}
+	return b.open(name)
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	if err := errors.Join(d.Sync(), d.Close()); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
+}
+
+// newLog makes a log for a disk of which no bitmap records. What the record says of them is durable.
+func (b *bitmaps) newLog(t *blk.Task) error {
+	f, err := b.create(logName)
+	if err != nil {
+		return err
+	}
+	if err = f.Resize(t, dirty.LogSize, false); err == nil {
+		err = dirty.FormatLog(t, f)
+	}
+	return errors.Join(err, f.Close())
+}
+
+// freeName is a name that no file has.
+func (b *bitmaps) freeName() string {
+	for i := 1; ; i++ {
+		name := strconv.Itoa(i) + ".bits"
+		if _, err := os.Lstat(filepath.Join(b.dir(), name)); errors.Is(err, fs.ErrNotExist) {
+			return name
+		}
+	}
+}
+
+// sweep removes files that no bitmap has.
+func (b *bitmaps) sweep() {
+	entries, err := os.ReadDir(b.dir())
+	if err != nil {
+		return
+	}
+	used := map[string]bool{}
+	for _, m := range b.list() {
+		if m.bits != nil {
+			used[m.File], used[logName] = true, true
+		}
+	}
+	for _, e := range entries {
+		if !used[e.Name()] {
+			_ = os.Remove(filepath.Join(b.dir(), e.Name())) // the next one tries again
+		}
+	}
+	if len(used) == 0 {
+		_ = os.Remove(b.dir())
+	}
+}
+
+// add begins a bitmap with the given bits; nil: none.
+func (b *bitmaps) add(ctx context.Context, name string, granularity int64) (*diskBitmap, error) {
+	k := b.k
+	switch {
+	case !job.ValidID(name):
+		return nil, control.Errorf(control.ErrInvalid, "bitmap name %q: use letters, digits, \"_\", \".\" and \"-\", at most 64", name)
+	case granularity < minBitmapGranularity || granularity > maxBitmapGranularity || bits.OnesCount64(uint64(granularity)) != 1:
+		return nil, control.Errorf(control.ErrInvalid, "granularity %d: it is a power of two from 4K to 64M", granularity)
+	case k.spec.ReadOnly:
+		return nil, control.Errorf(control.ErrPrecondition, "disk %q is read-only: it does not change", k.spec.ID)
+	case k.spec.Lock == lockRunning:
+		return nil, control.Errorf(control.ErrPrecondition, "disk %q has lock = %q: another host may write to it, which a bitmap here would miss",
+			k.spec.ID, lockRunning)
+	}
+	if _, err := b.find(name); err == nil {
+		return nil, control.Errorf(control.ErrExists, "disk %q has a bitmap %q already", k.spec.ID, name)
+	}
+	if len(b.list()) >= maxDiskBitmaps {
+		return nil, control.Errorf(control.ErrNoSpace, "disk %q has %d bitmaps already, which is the limit", k.spec.ID, maxDiskBitmaps)
+	}
+	if err := b.ready(ctx); err != nil {
+		return nil, err
+	}
+	m := &diskBitmap{bitmapRecord: bitmapRecord{Name: name, Granularity: granularity, File: b.freeName()}}
+	f, err := b.create(m.File)
+	if err != nil {
+		return nil, err
+	}
+	err = k.graph.Change(ctx, func(tx *blk.Tx) error {
+		m.bits, err = b.recorder().Add(blk.NewTask(), f, blk.NewBitmap(tx.Root().Info().Size, granularity))
+		return err
+	})
+	if err != nil {
+		b.sweep()
+		return nil, errors.Join(err, f.Close())
+	}
+	b.put(m)
+	if err := b.save(nil); err != nil {
+		return nil, errors.Join(err, b.remove(context.WithoutCancel(ctx), m))
+	}
+	return m, nil
+}
+
+// recorder is the head; nil: there is none.
+func (b *bitmaps) recorder() *dirty.Node {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.head
+}
+
+// ready sees to it that there is a head that records.
+func (b *bitmaps) ready(ctx context.Context) error {
+	lost := b.lost()
+	if b.recorder() != nil {
+		if lost == nil {
+			return nil
+		}
+		// Before the old log goes, which may be all that says so.
+		if err := b.save(nil); err != nil {
+			return err
+		}
+		b.giveUp(lost.Error())
+		if err := b.endHead(ctx); err != nil {
+			return err
+		}
+	}
+	if err := b.newLog(blk.NewTask()); err != nil {
+		return err
+	}
+	if err := b.startHead(); err != nil {
+		return err
+	}
+	return b.k.graph.Change(ctx, func(tx *blk.Tx) error {
+		tx.SetHead(b.recorder())
+		return nil
+	})
+}
+
+// giveUp makes all bitmaps inconsistent that record.
+func (b *bitmaps) giveUp(why string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for i, m := range b.all {
+		if m.bits != nil {
+			b.all[i] = &diskBitmap{bitmapRecord: m.bitmapRecord}
+			b.all[i].Broken = why
+		}
+	}
+}
+
+// endHead takes the head away, of which no bitmap is needed any more.
+func (b *bitmaps) endHead(ctx context.Context) error {
+	err := b.k.graph.Change(ctx, func(tx *blk.Tx) error {
+		tx.SetHead(nil)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	b.mu.Lock()
+	head := b.head
+	b.head = nil
+	b.mu.Unlock()
+	return head.Close()
+}
+
+func (b *bitmaps) put(m *diskBitmap) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.all = append(b.all, m)
+	slices.SortFunc(b.all, func(x, y *diskBitmap) int { return strings.Compare(x.Name, y.Name) })
+}
+
+func (b *bitmaps) take(m *diskBitmap) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.all = slices.DeleteFunc(b.all, func(o *diskBitmap) bool { return o == m })
+}
+
+// remove forgets a bitmap. The record comes first: it must not name one that misses writes.
+func (b *bitmaps) remove(ctx context.Context, m *diskBitmap) (err error) {
+	if m.bits != nil {
+		if _, frozen := m.bits.State(); frozen {
+			return busy(dirty.ErrFrozen, m.Name)
+		}
+	}
+	b.take(m)
+	if err := b.save(nil); err != nil {
+		b.put(m)
+		return errors.Join(err, b.save(nil))
+	}
+	if m.bits == nil {
+		return nil
+	}
+	if err := b.k.graph.Change(ctx, func(*blk.Tx) error { return m.bits.Remove() }); err != nil {
+		b.put(m)
+		return errors.Join(busy(err, m.Name), b.save(nil))
+	}
+	if slices.ContainsFunc(b.list(), func(m *diskBitmap) bool { return m.bits != nil }) {
+		return nil
+	}
+	return b.endHead(ctx)
+}
+
+func busy(err error, name string) error {
+	if errors.Is(err, dirty.ErrFrozen) {
+		return control.Errorf(control.ErrPrecondition, "bitmap %q is in use by a backup", name)
+	}
+	return err
+}
+
+// recording finds a bitmap that can be relied on.
+func (b *bitmaps) recording(name string) (*diskBitmap, error) {
+	m, err := b.find(name)
+	if err != nil {
+		return nil, err
+	}
+	if _, reason := b.state(m); reason != "" {
+		return nil, control.Errorf(control.ErrPrecondition, "bitmap %q of disk %q is inconsistent (%s): remove it and add it again", name, b.k.spec.ID, reason)
+	}
+	return m, nil
+}
+
+func (b *bitmaps) clear(ctx context.Context, name string) (*diskBitmap, error) {
+	m, err := b.recording(name)
+	if err != nil {
+		return nil, err
+	}
+	err = b.k.graph.Change(ctx, func(*blk.Tx) error { return m.bits.Clear(blk.NewTask()) })
+	return m, busy(err, name)
+}
+
+// freeze returns what the bitmap says up to now, as a copy, for a backup of this moment. What is written from now on is
+// kept apart until thaw. It is to be called within Graph.Change. After a crash everything counts.
+func (b *bitmaps) freeze(name string) (*blk.Bitmap, error) {
+	m, err := b.recording(name)
+	if err != nil {
+		return nil, err
+	}
+	bits, err := m.bits.Freeze()
+	return bits, busy(err, name)
+}
+
+// thaw ends the use of a bitmap: with done it forgets, durably, what freeze returned, which the backup has; else it says
+// all of it again. A crash on the way may leave anything between. It must not be called within Graph.Change.
+func (b *bitmaps) thaw(name string, done bool) error {
+	m, err := b.find(name)
+	if err != nil {
+		return err
+	}
+	if m.bits == nil {
+		return nil // it was given up meanwhile
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), changeWait)
+	defer cancel()
+	return b.k.graph.Change(ctx, func(*blk.Tx) error { return m.bits.Thaw(blk.NewTask(), done) })
+}
+
+// States of a bitmap.
+const (
+	bitmapRecording    = "recording"
+	bitmapBusy         = "busy"
+	bitmapInconsistent = "inconsistent"
+)
+
+func (b *bitmaps) state(m *diskBitmap) (state, reason string) {
+	if m.Broken != "" {
+		return bitmapInconsistent, m.Broken
+	}
+	if err := m.bits.Err(); err != nil {
+		return bitmapInconsistent, missed(err).Error()
+	}
+	return bitmapRecording, ""
+}
+
+func (b *bitmaps) message(m *diskBitmap) *control.Bitmap {
+	o := &control.Bitmap{Disk: b.k.spec.ID, Name: m.Name, Granularity: m.Granularity, Stored: b.dir()}
+	o.State, o.Reason = b.state(m)
+	if o.State != bitmapRecording {
+		return o
+	}
+	var frozen bool
+	if o.DirtyBytes, frozen = m.bits.State(); frozen {
+		o.State = bitmapBusy
+	}
+	return o
+}
+
+// warning names those that are inconsistent.
+func (b *bitmaps) warning() string {
+	var all []string
+	for _, m := range b.list() {
+		if _, reason := b.state(m); reason != "" {
+			all = append(all, fmt.Sprintf("bitmap %q is inconsistent: %s", m.Name, reason))
+		}
+	}
+	return strings.Join(all, "; ")
+}
+
+// sync completes the files. Nothing is in flight any more, for good.
+func (b *bitmaps) sync() error {
+	head := b.recorder()
+	if head == nil {
+		return nil
+	}
+	return errors.Join(head.Sync(blk.NewTask()), head.Close())
+}
+
+// forget removes all that is kept of them.
+func (b *bitmaps) forget() error {
+	b.mu.Lock()
+	b.all = nil
+	b.mu.Unlock()
+	defer b.sweep()
+	return b.store().Delete(bitmapKind, b.k.spec.ID)
+}
+
+// stopped records what the image is like when it has been closed.
+func (b *bitmaps) stopped() error {
+	if len(b.list()) == 0 {
+		return nil
+	}
+	now, err := stateOf(b.k.record().Image)
+	if err != nil {
+		return err
+	}
+	return b.save(now)
+}
+
+// The control socket.
+
+func (s *service) BitmapAdd(ctx context.Context, r *control.BitmapAddRequest) (*control.Bitmap, error) {
+	if r.Granularity == 0 {
+		r.Granularity = defaultBitmapGranularity
+	}
+	return s.bitmap(ctx, r.Disk, func(ctx context.Context, b *bitmaps) (*diskBitmap, error) {
+		return b.add(ctx, r.Name, r.Granularity)
+	})
+}
+
+// bitmap runs a command that changes a disk's bitmaps, and returns the one that it was about.
+func (s *service) bitmap(ctx context.Context, disk string, fn func(context.Context, *bitmaps) (*diskBitmap, error)) (*control.Bitmap, error) {
+	s.d.changes.Lock()
+	defer s.d.changes.Unlock()
+	k, err := s.d.find(disk)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, changeWait)
+	defer cancel()
+	m, err := fn(ctx, k.bitmaps)
+	if err != nil || m == nil {
+		return nil, err
+	}
+	return k.bitmaps.message(m), nil
+}
+
+func (s *service) BitmapRemove(ctx context.Context, r *control.BitmapRemoveRequest) (*control.BitmapRemoveResponse, error) {
+	_, err := s.bitmap(ctx, r.Disk, func(ctx context.Context, b *bitmaps) (*diskBitmap, error) {
+		defer b.sweep()
+		m, err := b.find(r.Name)
+		if err != nil {
+			return nil, err
+		}
+		return nil, b.remove(ctx, m)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &control.BitmapRemoveResponse{}, nil
+}
+
+func (s *service) BitmapClear(ctx context.Context, r *control.BitmapClearRequest) (*control.Bitmap, error) {
+	return s.bitmap(ctx, r.Disk, func(ctx context.Context, b *bitmaps) (*diskBitmap, error) { return b.clear(ctx, r.Name) })
+}
+
+func (s *service) BitmapList(_ context.Context, r *control.BitmapListRequest) (*control.BitmapListResponse, error) {
+	disks := s.d.list()
+	if r.Disk != "" {
+		k, err := s.d.find(r.Disk)
+		if err != nil {
+			return nil, err
+		}
+		disks = []*disk{k}
+	}
+	o := &control.BitmapListResponse{}
+	for _, k := range disks {
+		for _, m := range k.bitmaps.list() {
+			o.Bitmaps = append(o.Bitmaps, k.bitmaps.message(m))
+		}
+	}
+	return o, nil
+}
