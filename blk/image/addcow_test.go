@@ -139,9 +139,9 @@ func TestAddCowInChain(t *testing.T) {
 	}
 	zero, first, second := int64(0), int64(65536), int64(131072)
 	want := []Segment{
-		{Length: first, Depth: 1, Present: true, Data: true, Offset: &zero, File: d.path+"/sub/../base"},
-		{Start: first, Length: first, Present: true, Data: true, Offset: &first, File: d.path+"/sub/../raw"},
-		{Start: second, Length: int64(len(data)) - second, Depth: 1, Present: true, Data: true, Offset: &second, File: d.path+"/sub/../base"},
+		{Length: first, Depth: 1, Present: true, Data: true, Offset: &zero, File: d.path + "/sub/../base"},
+		{Start: first, Length: first, Present: true, Data: true, Offset: &first, File: d.path + "/sub/../raw"},
+		{Start: second, Length: int64(len(data)) - second, Depth: 1, Present: true, Data: true, Offset: &second, File: d.path + "/sub/../base"},
 	}
 	if !reflect.DeepEqual(have, want) {
 		t.Errorf("the map is %+v", have)

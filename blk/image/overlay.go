@@ -155,6 +155,9 @@ func (m *Member) inChain() blk.Node {
 	return m.Node
 }
 
+// Size is that of the disk on the overlay, in bytes.
+func (v *Overlay) Size() int64 { return v.top.Chain[0].Size }
+
 // Retire closes what the guest was on, but for the images that the new one has taken over. Those are locked against
 // writers by then without a gap.
 func (v *Overlay) Retire() error {

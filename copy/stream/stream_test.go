@@ -117,11 +117,11 @@ func newRig(t *testing.T, base uint16) *rig {
 	t.Cleanup(r.jobs.Shutdown)
 	r.setup = stream.Setup{
 		Graph: r.g, Cluster: cluster, Base: base,
-		Drop: func(task *blk.Task) error {
+		Drop: func(task *blk.Task) (blk.Node, error) {
 			if base > 0 {
-				return r.top.SetBacking(task, r.base, "base", "raw")
+				return r.top, r.top.SetBacking(task, r.base, "base", "raw")
 			}
-			return r.top.SetBacking(task, nil, "", "")
+			return r.top, r.top.SetBacking(task, nil, "", "")
 		},
 		Close:  func() error { r.closed++; return nil },
 		Keep:   base > 0,
@@ -333,11 +333,11 @@ func TestErrors(t *testing.T) {
 			rule, trap := blktest.Rule{Ops: []blk.Op{blk.OpRead}, Off: 7 * cluster, Len: cluster, Err: c.err}, (*blktest.Trap)(nil)
 			switch {
 			case c.onDrop:
-				r.setup.Drop = func(*blk.Task) error {
+				r.setup.Drop = func(*blk.Task) (blk.Node, error) {
 					if r.dropped++; r.dropped == 1 {
-						return c.err
+						return nil, c.err
 					}
-					return r.top.SetBacking(blk.NewTask(), nil, "", "")
+					return r.top, r.top.SetBacking(blk.NewTask(), nil, "", "")
 				}
 			case c.target:
 				rule.Ops, rule.Off, rule.Len, rule.After = []blk.Op{blk.OpWrite}, 0, 0, 1

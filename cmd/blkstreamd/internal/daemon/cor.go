@@ -23,7 +23,7 @@ func (k *disk) over(img *image.Image) blk.Node {
 	if !k.spec.CopyOnRead || img.Lower == nil {
 		return img.Root
 	}
-	return cor.New(img.Root, img.Chain[0].Header.ClusterSize(), k.corFailed)
+	return cor.New(img.Root, img.Chain[0].ClusterSize(), k.corFailed)
 }
 
 func withoutCopyOnRead(root blk.Node) blk.Node {
