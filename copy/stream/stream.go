@@ -191,7 +191,14 @@ func (m *streamer) next(ctx context.Context, t *blk.Task, at, limit int64) (piec
 			end &^= m.Cluster - 1
 		}
 		if end == at { // a cluster of several kinds
-			return piece{at, min(m.Cluster, m.size-at)}, nil
+			end = min(at+m.Cluster, m.size)
+			wanted, err := m.wanted(t, at+e.Len, end)
+			if err != nil {
+				return piece{off: at}, err
+			}
+			if wanted {
+				return piece{at, end - at}, nil
+			}
 		}
 		at = end
 	}
@@ -199,6 +206,18 @@ func (m *streamer) next(ctx context.Context, t *blk.Task, at, limit int64) (piec
 		return piece{off: at}, context.Cause(ctx)
 	}
 	return piece{off: at}, job.ErrDone
+}
+
+// wanted reports whether anything of [at, end) is to be copied.
+func (m *streamer) wanted(t *blk.Task, at, end int64) (bool, error) {
+	for at < end {
+		e, err := m.filter.Map(t, at, end-at)
+		if err != nil || cor.Wanted(e, m.Base) {
+			return err == nil, err
+		}
+		at += e.Len
+	}
+	return false, nil
 }
 
 // onError does what the user asked for: nil means go on, perhaps after a pause.

@@ -216,6 +216,27 @@ func TestStream(t *testing.T) {
 }
 
 // What the base holds is not even read; zeros of the middle hide it still.
+// A cluster that the top holds in several ways is not looked at for ever.
+func TestClusterOfSeveralKinds(t *testing.T) {
+	r := newRig(t, 0)
+	storage := blktest.NewMemory(0)
+	must(t, qcow2.Create(blk.NewTask(), storage, qcow2.CreateOptions{
+		Size: size, BackingFile: "below", BackingFormat: "qcow2", ExtendedL2: true,
+	}))
+	below := r.top
+	r.top = open(t, storage, below)
+	for _, at := range []int64{2 * cluster, 7 * cluster} { // the second one not whole
+		do(t, r.top, blk.OpWriteZeroes, at, cluster/2, nil)
+		clear(r.want[at : at+cluster/2])
+		r.change(r.top, at+4096, pattern(9, 4096))
+	}
+	do(t, r.top, blk.OpWriteZeroes, 2*cluster+cluster/2, cluster/2, nil)
+	clear(r.want[2*cluster+cluster/2 : 3*cluster])
+	r.g = blk.NewGraph(r.top)
+	r.setup.Graph = r.g
+	r.complete(r.start(nil))
+}
+
 func TestStreamToBase(t *testing.T) {
 	r := newRig(t, 2)
 	traps := []*blktest.Trap{
