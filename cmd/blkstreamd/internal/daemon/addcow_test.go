@@ -5,6 +5,7 @@ package daemon
 import (
 	"bytes"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -297,4 +298,37 @@ func TestAddCowBitmapName(t *testing.T) {
 		t.Error("a file outside the roots")
 	}
 	b.stop(d)
+}
+
+// A block device is the target, with an older disk on it. Its bitmap is in the state directory.
+func TestCopyByStreamToDevice(t *testing.T) {
+	b := newBed(t)
+	data := b.holey()
+	out, err := exec.Command("losetup", "-f", "--show", b.stale("backing", diskSize)).Output()
+	if err != nil {
+		t.Skipf("no loop devices here: %v", err)
+	}
+	device := strings.TrimSpace(string(out))
+	t.Cleanup(func() { b.must(exec.Command("losetup", "-d", device).Run()) })
+	f := b.load("", b.disk("a", b.path("base.raw")))
+	d, c := b.start(f)
+	r := toAddCow(device)
+	r.Existing, r.Speed = false, 1<<20
+	_, err = c.Copy(b.Context(), r)
+	b.must(err)
+	if !exists(b.path("state/add-cow/j.add-cow")) {
+		t.Error("the bitmap is not in the state directory")
+	}
+	b.write("a", 9)
+	b.stop(d)
+	d, c = b.start(f)
+	_, err = c.JobSpeed(b.Context(), &control.JobSpeedRequest{Id: "j", Speed: 0})
+	b.must(err)
+	b.wait(c, "j", job.StateCompleted)
+	b.holds("a", 9)
+	b.stop(d)
+	if rec := b.record("a"); rec.Image != device || exists(b.path("state/add-cow/j.add-cow")) {
+		t.Errorf("the record is %+v, or the bitmap is still there", rec)
+	}
+	b.isFile(device, data, 9)
 }
