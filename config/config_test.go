@@ -168,12 +168,11 @@ f:7: disk "a": queues: 0: want 1 to 64`},
 		{"metrics", "[daemon]\nmetrics = 'localhost:1'", `f:2: daemon: metrics: metrics is not supported yet`},
 		{"copy on read, raw", minimal + "copy_on_read = true", `f:6: disk "a": copy_on_read: a raw image has no backing image to copy from`},
 		{"copy on read, read-only", strings.Replace(minimal, "raw", "qcow2", 1) + "read_only = true\ncopy_on_read = true", `f:7: disk "a": copy_on_read: the disk is read-only: nothing can be copied into its image`},
-		{"add-cow", strings.Replace(minimal, "raw", "add-cow", 1), `f:5: disk "a": format: add-cow is not supported yet`},
 		{"backing of raw", minimal + "backing = [{ image = '/b', format = 'raw' }]", `f:6: disk "a": backing: a raw image has none`},
 		{
 			"backing", strings.Replace(minimal, "raw", "qcow2", 1) + "backing = [{ image = '/b' }, { image = 'c', format = 'x' }]",
 			`f:6: disk "a": backing number 2: image: "c" is not an absolute path
-f:6: disk "a": backing number 2: format: "x": want raw or qcow2`,
+f:6: disk "a": backing number 2: format: "x": want one of raw, qcow2, add-cow`,
 		},
 		{"backing key", strings.Replace(minimal, "raw", "qcow2", 1) + "backing = [{ file = '/b', image = '/b' }]", `f:6: disk "a": backing number 1: file: unknown key`},
 		{"cache size", minimal + "metadata_cache = '4K'", `f:6: disk "a": metadata_cache: 4096: want at least 1048576`},

@@ -41,9 +41,6 @@ var notYet = []struct {
 }{
 	{key: "metrics", daemon: func(d *Daemon) string { return when(d.Metrics != "", "metrics") }},
 	{key: "image", disk: func(d *Disk) string { return when(isURL(d.Image), "an image that is not a file") }},
-	{key: "format", disk: func(d *Disk) string {
-		return when(d.Format == "add-cow", d.Format)
-	}},
 	{key: "throttle.iops", disk: func(d *Disk) string { return when(d.Throttle.IOPS > 0, "throttle") }},
 	{key: "throttle.bytes_per_second", disk: func(d *Disk) string { return when(d.Throttle.BytesPerSecond > 0, "throttle") }},
 }
@@ -191,8 +188,8 @@ func (l *Layer) problems() []problem {
 	if l.Image != "" && !filepath.IsAbs(l.Image) {
 		p.addf("image", "%q is not an absolute path", l.Image)
 	}
-	if l.Format != "" && l.Format != "raw" && l.Format != "qcow2" {
-		p.addf("format", "%q: want raw or qcow2", l.Format)
+	if l.Format != "" && !slices.Contains(formats, l.Format) {
+		p.addf("format", "%q: want one of %s", l.Format, strings.Join(formats, ", "))
 	}
 	if l.Image == "" && l.Format == "" {
 		p.addf("image", "missing, and format too")

@@ -6,13 +6,19 @@ import (
 	"fmt"
 
 	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/addcow"
 	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/qcow2"
 )
 
-// Check checks the tables of a qcow2 image and repairs them if asked to. Nobody else may use the image.
+// Check checks the tables of a qcow2 image, or the bitmap of an add-cow image, and repairs them if asked to. Nobody else
+// may use the image.
 func Check(path, format string, repair qcow2.Repair, check func(path string) error) (res qcow2.CheckResult, err error) {
-	if format != Qcow2 {
+	switch format {
+	case Qcow2:
+	case AddCow:
+		return checkAddCow(path, repair, check)
+	default:
 		return res, fmt.Errorf("image %q: a %s image has nothing to check: %w", path, format, ErrFormat)
 	}
 	if check != nil {
@@ -32,4 +38,32 @@ func Check(path, format string, repair qcow2.Repair, check func(path string) err
 		err = cerr
 	}
 	return res, err
+}
+
+// checkAddCow opens both files, and what is behind them: a name that leads nowhere is an error, too. What is wrong with a
+// bitmap is only put right with RepairAll.
+func checkAddCow(path string, repair qcow2.Repair, check func(path string) error) (res qcow2.CheckResult, err error) {
+	t, g := blk.NewTask(), &Image{}
+	defer func() {
+		if cerr := g.Close(); err == nil {
+			err = cerr
+		}
+	}()
+	if err := g.openFiles(t, Layer{path, AddCow}, Options{ReadOnly: repair == qcow2.RepairNone, Check: check}, true); err != nil {
+		return res, err
+	}
+	m := g.Chain[0]
+	r, err := addcow.Check(t, m.storage, m.data.Info().Size, repair == qcow2.RepairAll)
+	if err != nil {
+		return res, fmt.Errorf("image %q: %w", path, err)
+	}
+	res.TotalClusters, res.AllocatedClusters, res.ImageEnd = r.Clusters, r.Allocated, r.End
+	res.Errors = int64(len(r.Findings))
+	if r.Fixed {
+		res.Errors, res.ErrorsFixed = 0, res.Errors
+	}
+	for _, f := range r.Findings {
+		res.Findings = append(res.Findings, qcow2.Finding{Offset: f.Offset, What: f.What})
+	}
+	return res, nil
 }

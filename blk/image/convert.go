@@ -30,6 +30,9 @@ func Convert(ctx context.Context, src blk.Node, path string, o ConvertOptions) (
 	if c.Size < src.Info().Size {
 		return fmt.Errorf("a target of %d bytes for a source of %d: %w", c.Size, src.Info().Size, blk.ErrInvalid)
 	}
+	if c.Format == AddCow {
+		return fmt.Errorf("an add-cow image as a target: convert to its image file, which is raw: %w", blk.ErrInvalid)
+	}
 	if o.Compress && c.Format != Qcow2 {
 		return fmt.Errorf("a compressed %s image: %w", c.Format, blk.ErrInvalid)
 	}

@@ -9,13 +9,18 @@ import (
 	"os"
 
 	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/addcow"
 	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/qcow2"
 )
 
-// CreateOptions of Create. The qcow2 part is for that format only, except Size and Preallocation.
+// CreateOptions of Create. The qcow2 part is for that format only, except Size and Preallocation, and for add-cow the
+// backing file and ClusterSize.
 type CreateOptions struct {
 	Format string
+	// ImageFile is where an add-cow image keeps its data, as it shall name it: a raw file or device. It is made if it is
+	// missing; else it gives the disk its size, which must be at least Size, and what it holds is not shown.
+	ImageFile string
 	// Size in bytes is rounded up to whole sectors. Negative: that of the backing image.
 	qcow2.CreateOptions
 	// Existing takes a file or device that is there already, and drops what it holds. Otherwise it must not exist.
@@ -53,13 +58,16 @@ func Create(ctx context.Context, path string, o CreateOptions) (err error) {
 			err = errors.Join(err, os.Remove(p))
 		}
 	}()
-	f, err := o.storage(t, path, o.Format == Qcow2, &made)
+	f, err := o.storage(t, path, o.Format != Raw, &made)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	if o.Format == Raw {
+	switch {
+	case o.Format == Raw:
 		return makeRaw(ctx, t, f, o.Size, o.Preallocation)
+	case o.Format == AddCow:
+		return o.makeAddCow(ctx, t, path, f, &made)
 	}
 	if o.DataFile != "" {
 		if err := o.makeDataFile(ctx, t, path, &made); err != nil {
@@ -74,8 +82,21 @@ func Create(ctx context.Context, path string, o CreateOptions) (err error) {
 
 // complete checks the options and finds out the size.
 func (o *CreateOptions) complete(t *blk.Task, path string) error {
+	if o.ImageFile != "" && o.Format != AddCow {
+		return fmt.Errorf("an image file is a property of add-cow images: %w", blk.ErrInvalid)
+	}
 	switch o.Format {
 	case Qcow2:
+	case AddCow:
+		q := qcow2.CreateOptions{Size: o.Size, BackingFile: o.BackingFile, BackingFormat: o.BackingFormat, ClusterSize: o.ClusterSize}
+		switch {
+		case q != o.CreateOptions:
+			return fmt.Errorf("an add-cow image has no other properties than its files and the size of clusters: %w", blk.ErrInvalid)
+		case o.ImageFile == "":
+			return fmt.Errorf("an add-cow image needs an image file for its data: %w", blk.ErrInvalid)
+		case o.BackingFile == "":
+			return fmt.Errorf("an add-cow image without a backing file is of no use: take the raw image by itself: %w", blk.ErrInvalid)
+		}
 	case Raw:
 		q := o.CreateOptions
 		q.Size, q.Preallocation = 0, ""
@@ -83,7 +104,7 @@ func (o *CreateOptions) complete(t *blk.Task, path string) error {
 			return fmt.Errorf("a raw image has no other properties than its size and preallocation: %w", blk.ErrInvalid)
 		}
 	default:
-		return fmt.Errorf("%q: %w (there are raw and qcow2)", o.Format, ErrFormat)
+		return fmt.Errorf("%q: %w (there are raw, qcow2 and add-cow)", o.Format, ErrFormat)
 	}
 	if o.BackingFile == "" && o.BackingFormat != "" {
 		return fmt.Errorf("a backing format without a backing file: %w", blk.ErrInvalid)
@@ -165,6 +186,58 @@ func (o *CreateOptions) makeDataFile(ctx context.Context, t *blk.Task, path stri
 		prealloc = preallocOff
 	}
 	return errors.Join(makeRaw(ctx, t, f, o.Size, prealloc), f.Close())
+}
+
+// makeAddCow makes the image file, unless there is one, and then the bitmap for it.
+func (o *CreateOptions) makeAddCow(ctx context.Context, t *blk.Task, path string, f *file.Node, made *[]string) error {
+	fail := func(err error) error { return fmt.Errorf("create image %q: %w", path, err) }
+	resolved, err := Resolve(path, o.ImageFile)
+	if err != nil {
+		return fail(fmt.Errorf("image file %w", err))
+	}
+	behind, err := Resolve(path, o.BackingFile)
+	if err != nil {
+		return fail(fmt.Errorf("backing file %w", err))
+	}
+	if o.Check != nil {
+		if err := o.Check(resolved); err != nil {
+			return err
+		}
+	}
+	err = file.Create(resolved, 0)
+	missing := err == nil
+	if missing {
+		*made = append(*made, resolved)
+	} else if !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	seen := &identities{}
+	for _, p := range []string{path, behind, resolved} {
+		if err := seen.add(p); err != nil {
+			return fail(err)
+		}
+	}
+	img, err := file.Open(resolved, file.Options{})
+	if err != nil {
+		return err
+	}
+	if missing {
+		err = makeRaw(ctx, t, img, o.Size, preallocOff)
+	}
+	have := img.Info().Size
+	if err = errors.Join(err, img.Close()); err != nil {
+		return err
+	}
+	if have < o.Size {
+		return fail(fmt.Errorf("the image file %q has %d bytes, %d are needed: %w", resolved, have, o.Size, blk.ErrInvalid))
+	}
+	err = addcow.Create(t, f, have, addcow.CreateOptions{
+		BackingFile: o.BackingFile, BackingFormat: o.BackingFormat, ImageFile: o.ImageFile, ImageFormat: Raw, ClusterSize: o.ClusterSize,
+	})
+	if err != nil {
+		return fail(err)
+	}
+	return flush(t, f)
 }
 
 // makeRaw gives an empty file its size, and space if that is asked for.

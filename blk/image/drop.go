@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/addcow"
 	"github.com/blkstream/blkstream/blk/chain"
 	"github.com/blkstream/blkstream/blk/qcow2"
 )
@@ -16,6 +17,9 @@ import (
 // the chain's length: then nothing stays behind the first. Nothing may be in flight, and the first image must hold what
 // the others show, apart from what base and those behind it do. All of that is made durable before the header says so,
 // and Drop returns when the header is durable, too: a crash leaves the old chain or the new one, which read the same.
+//
+// An add-cow image can only leave all that is behind it. Its bitmap is not needed then either, and its image file, a raw
+// image, takes its place. The file with the bitmap stays valid, and is closed with the others.
 //
 // What stays is in the image that is returned, and what went is the caller's, to be closed with CloseMembers; the old
 // image is not used any more. After an error it is what counts, whatever the header says.
@@ -28,6 +32,9 @@ func (g *Image) Drop(t *blk.Task, base int) (*Image, []*Member, error) {
 		lower *chain.Node
 		node  blk.Node // an interface that holds a nil pointer would not be nil
 	)
+	if g.Chain[0].AddCow != nil {
+		return g.finish(t, base)
+	}
 	kept := append([]*Member{g.Chain[0]}, g.Chain[base:]...)
 	if base < len(g.Chain) {
 		l = Layer{g.nameOf(base), g.Chain[base].Format}
@@ -56,13 +63,28 @@ func (g *Image) Drop(t *blk.Task, base int) (*Image, []*Member, error) {
 	return &Image{Root: g.Root, Lower: lower, Chain: kept, cache: g.cache, warnings: g.warnings}, g.Chain[1:base], nil
 }
 
+// finish is Drop for an add-cow image.
+func (g *Image) finish(t *blk.Task, base int) (*Image, []*Member, error) {
+	m := g.Chain[0]
+	n, ok := m.Node.(*addcow.Node)
+	if !ok || base < len(g.Chain) {
+		return nil, nil, fmt.Errorf("image %q: of what is behind an add-cow image nothing can stay: %w", m.Path, blk.ErrInvalid)
+	}
+	if err := n.Finish(t); err != nil {
+		return nil, nil, fmt.Errorf("image %q: %w", m.Path, err)
+	}
+	kept := &Member{Layer: Layer{m.DataFile, Raw}, Size: m.Size, Node: m.image, files: m.files[1:]}
+	gone := append([]*Member{{Layer: m.Layer, Node: m.files[0]}}, g.Chain[1:]...)
+	return &Image{Root: kept.Node, Chain: []*Member{kept}, cache: g.cache, warnings: g.warnings}, gone, nil
+}
+
 // nameOf is what the first image's header is to call image i: what the image in front of that says, if it is in the same
 // directory, so that a chain with relative names can still be moved; else the path.
 func (g *Image) nameOf(i int) string {
 	by, path := g.Chain[i-1], g.Chain[i].Path
-	if by.Header != nil && filepath.Dir(by.Path) == filepath.Dir(g.Chain[0].Path) {
-		if p, err := Resolve(by.Path, by.Header.BackingFile); err == nil && p == path {
-			return by.Header.BackingFile
+	if says := by.backing(); says.Path != "" && filepath.Dir(by.Path) == filepath.Dir(g.Chain[0].Path) {
+		if p, err := Resolve(by.Path, says.Path); err == nil && p == path {
+			return says.Path
 		}
 	}
 	return path

@@ -16,6 +16,7 @@ import (
 	"slices"
 
 	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/addcow"
 	"github.com/blkstream/blkstream/blk/chain"
 	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/qcow2"
@@ -24,8 +25,9 @@ import (
 
 // The formats.
 const (
-	Raw   = "raw"
-	Qcow2 = "qcow2"
+	Raw    = "raw"
+	Qcow2  = "qcow2"
+	AddCow = "add-cow"
 )
 
 // Errors of Open, apart from those of the formats and the host.
@@ -65,20 +67,46 @@ type Layer struct{ Path, Format string }
 // Member is one image of a chain.
 type Member struct {
 	Layer
-	Header *qcow2.Header // nil: raw
-	Size   int64         // of the virtual disk, in bytes
-	// DataFile is the path of the external data file, Backing that of the next image, as resolved; empty: none.
+	Header *qcow2.Header  // of a qcow2 image
+	AddCow *addcow.Header // of an add-cow image
+	Size   int64          // of the virtual disk, in bytes
+	// DataFile is the path of the external data file, or of the image file of an add-cow image, Backing that of the next
+	// image, as resolved; empty: none.
 	DataFile, Backing string
 	Node              blk.Node // of this image alone, except that of the first one, which has the others behind it
 
 	storage, data blk.Node     // until Node owns them
 	files         []*file.Node // of both, also afterwards: for their locks
 	layer         blk.Node     // what a chain has of it; nil: Node
+	image         *raw.Node    // the image file of an add-cow image
+}
+
+// backing is what the image says of the one behind it; empty: there is none.
+func (m *Member) backing() (l Layer) {
+	switch {
+	case m.Header != nil:
+		l = Layer{m.Header.BackingFile, m.Header.BackingFormat}
+	case m.AddCow != nil && !m.AddCow.AllAllocated():
+		l = Layer{m.AddCow.BackingFile, m.AddCow.BackingFormat}
+	}
+	return l
+}
+
+// ClusterSize is the unit of allocation in bytes; 0: the image is raw.
+func (m *Member) ClusterSize() int64 {
+	switch {
+	case m.Header != nil:
+		return m.Header.ClusterSize()
+	case m.AddCow != nil:
+		return m.AddCow.ClusterSize()
+	default:
+		return 0
+	}
 }
 
 // Image is an open image with what is behind it.
 type Image struct {
-	Root  blk.Node // *raw.Node or *qcow2.Node, over Lower
+	Root  blk.Node // *raw.Node, *qcow2.Node or *addcow.Node, over Lower
 	Lower *chain.Node
 	Chain []*Member // the first is Root's
 
@@ -167,11 +195,11 @@ func (g *Image) openFiles(t *blk.Task, l Layer, o Options, whole bool) error {
 // the chain as soon as it holds anything.
 func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) error {
 	switch m.Format {
-	case Raw, Qcow2:
+	case Raw, Qcow2, AddCow:
 	case "":
 		return fmt.Errorf("image %q: no format is given, and %w", m.Path, ErrNoFormat)
 	default:
-		return fmt.Errorf("image %q: %q: %w (there are raw and qcow2)", m.Path, m.Format, ErrFormat)
+		return fmt.Errorf("image %q: %q: %w (there are raw, qcow2 and add-cow)", m.Path, m.Format, ErrFormat)
 	}
 	fo := file.Options{ReadOnly: true, Direct: o.Direct, NoSync: o.NoSync}
 	if len(g.Chain) == 0 {
@@ -179,7 +207,7 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 	}
 	var err error
 	so := fo
-	if m.Format == Qcow2 {
+	if m.Format != Raw {
 		// Tables and compressed clusters are written in whole sectors at least.
 		so.Align, so.Grows = min(fo.Align, blk.SectorSize), true
 	}
@@ -187,8 +215,11 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 		return err
 	}
 	g.Chain = append(g.Chain, m)
-	if m.Format == Raw {
+	switch m.Format {
+	case Raw:
 		return nil
+	case AddCow:
+		return g.openImageFile(t, m, seen, fo, o)
 	}
 	if m.Header, err = qcow2.ReadHeader(t, m.storage); err != nil {
 		return fmt.Errorf("image %q: %w", m.Path, err)
@@ -204,6 +235,23 @@ func (g *Image) openFile(t *blk.Task, m *Member, seen *identities, o Options) er
 	}
 	if m.data, err = g.openStorage(m, m.DataFile, seen, fo, o); err != nil {
 		return fmt.Errorf("image %q: data file: %w", m.Path, err)
+	}
+	return nil
+}
+
+// openImageFile opens what an add-cow image keeps its data in.
+func (g *Image) openImageFile(t *blk.Task, m *Member, seen *identities, fo file.Options, o Options) (err error) {
+	if m.AddCow, err = addcow.ReadHeader(t, m.storage); err != nil {
+		return fmt.Errorf("image %q: %w", m.Path, err)
+	}
+	if f := m.AddCow.ImageFormat; f != Raw {
+		return fmt.Errorf("image %q has an image file with format %q: %w (it is raw)", m.Path, f, ErrFormat)
+	}
+	if m.DataFile, err = Resolve(m.Path, m.AddCow.ImageFile); err != nil {
+		return fmt.Errorf("image %q: image file %w", m.Path, err)
+	}
+	if m.data, err = g.openStorage(m, m.DataFile, seen, fo, o); err != nil {
+		return fmt.Errorf("image %q: image file: %w", m.Path, err)
 	}
 	return nil
 }
@@ -232,8 +280,8 @@ func (g *Image) openStorage(m *Member, path string, seen *identities, fo file.Op
 // next is the image behind m, nil if there is none.
 func (g *Image) next(m *Member, override []Layer) (*Layer, error) {
 	i := len(g.Chain) - 1
-	named := m.Header != nil && m.Header.BackingFile != ""
-	if !named {
+	says := m.backing()
+	if says.Path == "" {
 		if i < len(override) {
 			return nil, fmt.Errorf("image %q has no backing image, and %d more are given", m.Path, len(override)-i)
 		}
@@ -244,20 +292,20 @@ func (g *Image) next(m *Member, override []Layer) (*Layer, error) {
 		l = override[i]
 	}
 	if l.Path == "" {
-		path, err := Resolve(m.Path, m.Header.BackingFile)
+		path, err := Resolve(m.Path, says.Path)
 		if err != nil {
 			return nil, fmt.Errorf("image %q: backing file %w", m.Path, err)
 		}
 		l.Path = path
 	}
 	if l.Format == "" {
-		l.Format = m.Header.BackingFormat
+		l.Format = says.Format
 	}
 	if l.Format == "" {
 		return nil, fmt.Errorf("image %q names its backing file %q without a format, and %w; if you know it, "+
 			"record it with `blkstream image rebase -f qcow2 -u -F FORMAT %s`, "+
 			"or give it in the configuration with backing = [{ image = %q, format = \"FORMAT\" }]",
-			m.Path, m.Header.BackingFile, ErrNoFormat, m.Path, l.Path)
+			m.Path, says.Path, ErrNoFormat, m.Path, l.Path)
 	}
 	return &l, nil
 }
@@ -265,9 +313,19 @@ func (g *Image) next(m *Member, override []Layer) (*Layer, error) {
 // openNode makes the node of one member, which owns the files then.
 func (g *Image) openNode(t *blk.Task, i int, o Options, backing blk.Node) error {
 	m := g.Chain[i]
-	if m.Format == Raw {
+	switch m.Format {
+	case Raw:
 		m.Node = raw.Open(m.storage)
-	} else {
+	case AddCow:
+		m.image = raw.Open(m.data)
+		n, err := addcow.Open(t, m.storage, addcow.Options{
+			Name: m.Path, Image: m.image, Backing: backing, ReadOnly: i > 0 || o.ReadOnly,
+		})
+		if err != nil {
+			return fmt.Errorf("image %q: %w", m.Path, err)
+		}
+		m.Node = n
+	default:
 		qo := qcow2.Options{Name: m.Path, ReadOnly: true, Data: m.data, Backing: backing, Cache: o.Cache}
 		if i == 0 {
 			qo.ReadOnly, qo.Barrier, qo.Warn = o.ReadOnly, o.Barrier, o.Warn
@@ -290,11 +348,11 @@ func unit(members []*Member) int64 {
 	const smallest = 4096
 	unit := int64(0)
 	for _, m := range members[1:] {
-		if m.Header == nil {
+		c := m.ClusterSize()
+		if c == 0 {
 			continue
 		}
-		c := m.Header.ClusterSize()
-		if m.Header.ExtendedL2() {
+		if m.Header != nil && m.Header.ExtendedL2() {
 			c /= 32
 		}
 		if unit == 0 || c < unit {

@@ -47,8 +47,15 @@ type BitmapInfo struct {
 
 // SpecificInfo is what only some formats have.
 type SpecificInfo struct {
-	Type string    `json:"type"`
-	Data Qcow2Info `json:"data"`
+	Type string `json:"type"`
+	Data any    `json:"data"` // *Qcow2Info or *AddCowInfo
+}
+
+// AddCowInfo describes an add-cow image.
+type AddCowInfo struct {
+	ImageFile    string `json:"image-file"`
+	ImageFormat  string `json:"image-file-format"`
+	AllAllocated bool   `json:"all-allocated"` // the image file is all that is needed
 }
 
 // Qcow2Info describes a qcow2 image.
@@ -86,16 +93,24 @@ func (m *Member) info(t *blk.Task) (Info, error) {
 	if i.ActualSize, err = Allocated(m.Path); err != nil {
 		return i, err
 	}
+	i.ClusterSize = m.ClusterSize()
+	says := m.backing()
+	i.BackingFilename, i.BackingFormat = says.Path, says.Format
+	if i.FullBacking = m.Backing; i.FullBacking == "" && says.Path != "" {
+		i.FullBacking, _ = Resolve(m.Path, says.Path) // a name that is none is shown as it is, above
+	}
+	if a := m.AddCow; a != nil {
+		if m.data != nil {
+			i.VirtualSize = m.data.Info().Size
+		}
+		i.Specific = &SpecificInfo{Type: AddCow, Data: &AddCowInfo{a.ImageFile, a.ImageFormat, a.AllAllocated()}}
+	}
 	h := m.Header
-	if m.Format == Raw || h == nil {
+	if h == nil {
 		return i, nil
 	}
-	i.VirtualSize, i.ClusterSize = roundUp(h.Size, blk.SectorSize), h.ClusterSize()
+	i.VirtualSize = roundUp(h.Size, blk.SectorSize)
 	i.Dirty = h.Incompatible&qcow2.IncompatDirty != 0
-	i.BackingFilename, i.BackingFormat = h.BackingFile, h.BackingFormat
-	if i.FullBacking = m.Backing; i.FullBacking == "" && h.BackingFile != "" {
-		i.FullBacking, _ = Resolve(m.Path, h.BackingFile) // a name that is none is shown as it is, above
-	}
 	q := Qcow2Info{Compat: "0.10", Compression: "zlib", RefcountBits: int(h.RefcountBits())}
 	if h.Compression == qcow2.CompressionZstd {
 		q.Compression = "zstd"
@@ -114,7 +129,7 @@ func (m *Member) info(t *blk.Task) (Info, error) {
 		q.DataFile, q.DataFileRaw = h.DataFile, flag(h.Autoclear, qcow2.AutoclearDataRaw)
 	}
 	err = m.lists(t, &i, &q)
-	i.Specific = &SpecificInfo{Type: Qcow2, Data: q}
+	i.Specific = &SpecificInfo{Type: Qcow2, Data: &q}
 	return i, err
 }
 

@@ -53,6 +53,11 @@ func OpenMerge(t *blk.Task, g *Image, top, base int, o Options) (_ *Merge, err e
 	if top < 0 || base <= top || base >= len(g.Chain) {
 		return nil, fmt.Errorf("images %d to %d of %d: %w", top, base, len(g.Chain), ErrMerge)
 	}
+	for _, i := range []int{0, max(top-1, 0), base} {
+		if m := g.Chain[i]; m.AddCow != nil {
+			return nil, fmt.Errorf("%q is an add-cow image, which can neither be merged into nor be over what is merged: %w", m.Path, ErrMerge)
+		}
+	}
 	o.ReadOnly, o.Backing, o.Cache = false, nil, g.cache
 	o.Align = blk.SectorSize // images are copied as they are, whatever the guest's blocks are
 	m := &Merge{image: g, top: top, base: base, reader: g.Chain[base], o: o}

@@ -11,7 +11,6 @@ import (
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/chain"
 	"github.com/blkstream/blkstream/blk/file"
-	"github.com/blkstream/blkstream/blk/qcow2"
 )
 
 // An overlay is put over an image that a guest uses in three steps: OpenOverlay, while the guest goes on; Join, with
@@ -29,8 +28,9 @@ type Overlay struct {
 	o     Options
 }
 
-// OpenOverlay opens the empty qcow2 image at path, whose backing image must be the first one of old.
-func OpenOverlay(t *blk.Task, path string, old *Image, o Options) (_ *Overlay, err error) {
+// OpenOverlay opens the empty image at path, qcow2 or add-cow, whose backing image must be the first one of old. It is
+// as large as old, or with add-cow perhaps larger.
+func OpenOverlay(t *blk.Task, path, format string, old *Image, o Options) (_ *Overlay, err error) {
 	o.ReadOnly, o.Backing, o.Cache = false, nil, old.cache
 	v := &Overlay{old: old, top: &Image{cache: old.cache}, o: o}
 	defer func() {
@@ -41,7 +41,7 @@ func OpenOverlay(t *blk.Task, path string, old *Image, o Options) (_ *Overlay, e
 	if len(old.Chain) > chain.MaxDepth {
 		return nil, fmt.Errorf("image %q: more than %d images behind it: %w", path, chain.MaxDepth, ErrDepth)
 	}
-	if err := v.top.openFiles(t, Layer{path, Qcow2}, o, false); err != nil {
+	if err := v.top.openFiles(t, Layer{path, format}, o, false); err != nil {
 		return nil, err
 	}
 	if err := v.fits(v.top.Chain[0]); err != nil {
@@ -52,12 +52,12 @@ func OpenOverlay(t *blk.Task, path string, old *Image, o Options) (_ *Overlay, e
 	}
 	m := v.top.Chain[0]
 	size := old.Root.Info().Size
-	if m.Size != size {
+	if m.Size < size || m.Size > size && format != AddCow {
 		return nil, fmt.Errorf("image %q has %d bytes, %q has %d: %w", path, m.Size, old.Chain[0].Path, size, ErrOverlay)
 	}
 	// What the guest reads must not change.
-	for off := int64(0); off < size; {
-		x, err := m.Node.Map(t, off, size-off)
+	for off := int64(0); off < m.Size; {
+		x, err := m.Node.Map(t, off, m.Size-off)
 		if err != nil {
 			return nil, err
 		}
@@ -71,11 +71,11 @@ func OpenOverlay(t *blk.Task, path string, old *Image, o Options) (_ *Overlay, e
 
 // fits compares what the overlay's header says with the image.
 func (v *Overlay) fits(m *Member) error {
-	base := v.old.Chain[0]
-	if m.Header.BackingFile == "" {
+	base, says := v.old.Chain[0], m.backing()
+	if says.Path == "" {
 		return fmt.Errorf("image %q has no backing file, %q is wanted: %w", m.Path, base.Path, ErrOverlay)
 	}
-	path, err := Resolve(m.Path, m.Header.BackingFile)
+	path, err := Resolve(m.Path, says.Path)
 	if err != nil {
 		return fmt.Errorf("image %q: backing file %w", m.Path, err)
 	}
@@ -88,8 +88,8 @@ func (v *Overlay) fits(m *Member) error {
 		return fmt.Errorf("image %q has the backing file %q, %q is wanted: %w", m.Path, path, base.Path, ErrOverlay)
 	case !errors.Is(err, ErrLoop):
 		return err
-	case m.Header.BackingFormat != base.Format:
-		return fmt.Errorf("image %q names its backing file's format %q, it is %q: %w", m.Path, m.Header.BackingFormat, base.Format, ErrOverlay)
+	case says.Format != base.Format:
+		return fmt.Errorf("image %q names its backing file's format %q, it is %q: %w", m.Path, says.Format, base.Format, ErrOverlay)
 	}
 	m.Backing = path
 	return nil
@@ -118,7 +118,10 @@ func (v *Overlay) Join(t *blk.Task) (*Image, error) {
 	if err := g.joinLower(v.old.Lower); err != nil {
 		return nil, err
 	}
-	top, ok := g.Chain[0].Node.(*qcow2.Node)
+	top, ok := g.Chain[0].Node.(interface {
+		blk.Node
+		Over(backing blk.Node)
+	})
 	if !ok {
 		return nil, fmt.Errorf("image %q: %w", g.Chain[0].Path, ErrOverlay) // not reachable: it was opened as one
 	}
@@ -151,6 +154,9 @@ func (m *Member) inChain() blk.Node {
 	}
 	return m.Node
 }
+
+// Size is that of the disk on the overlay, in bytes.
+func (v *Overlay) Size() int64 { return v.top.Chain[0].Size }
 
 // Retire closes what the guest was on, but for the images that the new one has taken over. Those are locked against
 // writers by then without a gap.

@@ -70,7 +70,7 @@ func TestOverlays(t *testing.T) {
 					}
 					d.checkContents(g, model)
 					first := g.Chain[0]
-					v, err := OpenOverlay(task, d.overlay(fmt.Sprint(i+1), first.Path, first.Format), g, o)
+					v, err := OpenOverlay(task, d.overlay(fmt.Sprint(i+1), first.Path, first.Format), Qcow2, g, o)
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -85,7 +85,7 @@ func TestOverlays(t *testing.T) {
 						}
 						d.change(rng, g.Root, model)
 						d.checkContents(g, model)
-						if v, err = OpenOverlay(task, d.at(fmt.Sprint(i+1)), g, o); err != nil {
+						if v, err = OpenOverlay(task, d.at(fmt.Sprint(i+1)), Qcow2, g, o); err != nil {
 							t.Fatal(err)
 						}
 						if next, err = v.Join(task); err != nil {
@@ -142,7 +142,7 @@ func TestOverlayFlushes(t *testing.T) {
 	defer g.Close()
 	fault := blktest.NewFault(g.Root)
 	g.Root = fault
-	v, err := OpenOverlay(task, d.overlay("top", d.at("base"), Raw), g, Options{})
+	v, err := OpenOverlay(task, d.overlay("top", d.at("base"), Raw), Qcow2, g, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -165,7 +165,7 @@ func TestOverlayLocks(t *testing.T) {
 	d, task := newDir(t), blk.NewTask()
 	d.make("base", CreateOptions{Format: Raw})
 	g := d.open("base", Raw, Options{})
-	v, err := OpenOverlay(task, d.overlay("top", "base", Raw), g, Options{})
+	v, err := OpenOverlay(task, d.overlay("top", "base", Raw), Qcow2, g, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -195,10 +195,10 @@ func TestOverlayHoldsNothing(t *testing.T) {
 	}
 	g := d.open("base", Raw, Options{})
 	defer g.Close()
-	if _, err := OpenOverlay(task, d.at("top"), g, Options{}); !errors.Is(err, ErrOverlay) {
+	if _, err := OpenOverlay(task, d.at("top"), Qcow2, g, Options{}); !errors.Is(err, ErrOverlay) {
 		t.Errorf("an overlay with data: %v", err)
 	}
-	if _, err := OpenOverlay(task, d.overlay("empty", "base", Raw), g, Options{Check: func(path string) error {
+	if _, err := OpenOverlay(task, d.overlay("empty", "base", Raw), Qcow2, g, Options{Check: func(path string) error {
 		return errors.New("not allowed")
 	}}); err == nil {
 		t.Error("opened what the caller does not allow")

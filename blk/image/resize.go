@@ -39,7 +39,7 @@ func Resize(t *blk.Task, path, format, sign string, n int64, shrink bool) (err e
 		Resize(t *blk.Task, size int64, shrink bool) error
 	})
 	if !ok {
-		return fmt.Errorf("resize %q: %w", path, blk.ErrNotSupported)
+		return fmt.Errorf("resize %q: an add-cow image has the size of its image file: %w", path, blk.ErrNotSupported)
 	}
 	if err := r.Resize(t, size, shrink); err != nil {
 		return err

@@ -55,7 +55,7 @@ on with TARGET only after 'blkstream switch', or by itself with --switch auto.`,
 		}),
 	}
 	f := cmd.Flags()
-	f.StringVar(&req.Format, "format", "", "`format` of TARGET (default: the source's)")
+	f.StringVar(&req.Format, "format", "", "`format` of TARGET: raw, qcow2, or with --method stream qcow2 or add-cow (default: the source's)")
 	f.BoolVar(&req.Existing, "existing", false, "TARGET exists already and is overwritten; otherwise it must not exist")
 	method.addTo(cmd, "method", "mirror: copy, then switch; stream: switch at once, then copy on read")
 	f.StringVar(&req.Base, "base", "", "shared base: copy only what the chain holds above this `image`")

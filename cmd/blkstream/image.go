@@ -34,7 +34,7 @@ guessed, since a guest can make a raw disk look like anything. Name them.`,
 		a.imageConvertCmd(), a.imageResizeCmd(), a.imageRebaseCmd())
 }
 
-var imageFormats = []string{image.Raw, image.Qcow2}
+var imageFormats = []string{image.Raw, image.Qcow2, image.AddCow}
 
 // formatFlag adds a flag that must be given but is checked by needFormat, which can say why.
 func formatFlag(cmd *cobra.Command, c *choice, name, short, usage string) {
@@ -75,7 +75,7 @@ func (g *target) addTo(cmd *cobra.Command, format, formatShort, backingShort str
 	f.StringVarP(&g.opts.BackingFile, "backing", backingShort, "",
 		"backing image: what shows where the new image holds nothing; a relative name starts from the new image's directory")
 	formatFlag(cmd, &g.backingFormat, "backing-format", "F", "format of the backing image")
-	f.Var(&g.clusterSize, "cluster-size", "qcow2: unit of allocation (default 64K)")
+	f.Var(&g.clusterSize, "cluster-size", "qcow2, add-cow: unit of allocation (default 64K)")
 	g.compat.addTo(cmd, "compat", "qcow2: oldest QEMU that must understand the image (default 1.1)")
 	f.IntVar(&g.opts.RefcountBits, "refcount-bits", 0, "qcow2: width of reference counts, 1 to 64 (default 16)")
 	f.BoolVar(&g.opts.LazyRefcounts, "lazy-refcounts", false, "qcow2: let reference counts lag behind, to be repaired after a crash")
@@ -100,15 +100,19 @@ func (g *target) options(flags *pflag.FlagSet, formatName, formatShort string) (
 	}
 	o.Format, o.BackingFormat, o.Size = g.format.value, g.backingFormat.value, -1
 	o.Preallocation = g.preallocation.value
-	if o.Format == image.Raw {
-		for _, name := range []string{
-			"backing", "backing-format", "cluster-size", "compat", "refcount-bits", "lazy-refcounts", "extended-l2",
-			"compression", "data-file", "data-file-raw",
-		} {
-			if flags.Changed(name) {
-				return o, &usageError{fmt.Errorf("--%s is for qcow2 images", name)}
-			}
+	only := []string{"compat", "refcount-bits", "lazy-refcounts", "extended-l2", "compression", "data-file", "data-file-raw"}
+	switch o.Format {
+	case image.Raw:
+		only = append(only, "backing", "backing-format", "cluster-size")
+	case image.Qcow2:
+		only = nil
+	}
+	for _, name := range only {
+		if flags.Changed(name) {
+			return o, &usageError{fmt.Errorf("--%s is for qcow2 images", name)}
 		}
+	}
+	if o.Format == image.Raw {
 		return o, nil
 	}
 	o.ClusterSize, o.Compression = g.clusterSize.value, g.compression.value
@@ -120,16 +124,21 @@ func (g *target) options(flags *pflag.FlagSet, formatName, formatShort string) (
 
 func (a *app) imageCreateCmd() *cobra.Command {
 	var g target
+	imageFormat := choice{value: image.Raw, from: []string{image.Raw}}
 	cmd := &cobra.Command{
 		Use:   "create -f FORMAT FILE [SIZE]",
 		Short: "Create an image",
 		Example: `  blkstream image create -f qcow2 disk.qcow2 20G
-  blkstream image create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2`,
+  blkstream image create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2
+  blkstream image create -f add-cow -b base.qcow2 -F qcow2 --image-file /dev/vg/vm1 vm1.add-cow`,
 		Args: cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o, err := g.options(cmd.Flags(), "format", "f")
 			if err != nil {
 				return err
+			}
+			if o.ImageFile != "" && o.Format != image.AddCow {
+				return &usageError{errors.New("--image-file is for add-cow images")}
 			}
 			if len(args) > 1 {
 				if o.Size, err = config.ParseSize(args[1]); err != nil {
@@ -146,6 +155,9 @@ func (a *app) imageCreateCmd() *cobra.Command {
 		},
 	}
 	g.addTo(cmd, "format", "f", "b")
+	cmd.Flags().StringVar(&g.opts.ImageFile, "image-file", "",
+		"add-cow: raw file or device for the guest's data, made if it is missing; a relative name starts from the new image's directory")
+	imageFormat.addTo(cmd, "image-format", "add-cow: format of the image file")
 	return cmd
 }
 
@@ -213,6 +225,7 @@ func (a *app) imageConvertCmd() *cobra.Command {
 	formatFlag(cmd, &from, "format", "f", "format of the source")
 	cmd.Flags().BoolVarP(&compress, "compress", "c", false, "compress the clusters of the target")
 	g.addTo(cmd, "target-format", "O", "B")
+	g.format.from = []string{image.Raw, image.Qcow2}
 	return cmd
 }
 
@@ -310,7 +323,7 @@ moved or renamed, or, without -b, to record its format.`,
 			o.Format = backingFormat.value
 			switch {
 			case format.value != image.Qcow2:
-				return &usageError{errors.New("only qcow2 images have backing images")}
+				return &usageError{errors.New("only a qcow2 image can be given another backing image")}
 			case o.KeepName && (!o.Unsafe || o.Format == ""):
 				return &usageError{errors.New(`which backing image? Say it with -b (--backing) FILE, or -b "" for none`)}
 			case o.Path != "":

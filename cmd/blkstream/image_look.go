@@ -82,8 +82,19 @@ func (a *app) printImage(i *image.Info) error {
 		}
 		t.row("backing format:", format)
 	}
-	q := &i.Specific.Data
 	t.row("cluster size:", humanSize(i.ClusterSize))
+	switch specific := i.Specific.Data.(type) {
+	case *image.AddCowInfo:
+		t.row("image file:", specific.ImageFile)
+		t.row("image file's format:", specific.ImageFormat)
+		t.row("all allocated:", yesNo(specific.AllAllocated))
+	case *image.Qcow2Info:
+		printQcow2(t, i, specific)
+	}
+	return t.Flush()
+}
+
+func printQcow2(t table, i *image.Info, q *image.Qcow2Info) {
 	t.row("compat:", q.Compat)
 	t.row("compression:", q.Compression)
 	t.row("refcount bits:", fmt.Sprint(q.RefcountBits))
@@ -112,7 +123,6 @@ func (a *app) printImage(i *image.Info) error {
 	if q.Corrupt != nil && *q.Corrupt {
 		t.row("corrupt:", "yes: it takes no writes until it is repaired")
 	}
-	return t.Flush()
 }
 
 // jsonCheck has qemu-img's keys.

@@ -31,11 +31,12 @@ import (
 type Setup struct {
 	Graph   *blk.Graph // its root is the top image or a *cor.Node over it
 	Cluster int64      // of the top image, bytes
-	// Base is the first image that stays behind the top one, counted from that. 0: none stays.
+	// Base is the first image that stays behind the top one, counted from that. 0: none stays. The number of images: none
+	// stays, and zeros are stored, too.
 	Base uint16
-	// Drop takes the images in front of the base out of the chain, durably. The guest is paused meanwhile. After an
-	// error the chain is as it was.
-	Drop func(t *blk.Task) error
+	// Drop takes the images in front of the base out of the chain, durably, and returns what the top image is from then
+	// on. The guest is paused meanwhile. After an error the chain is as it was.
+	Drop func(t *blk.Task) (blk.Node, error)
 	// Close closes what Drop took out, with the guest running again.
 	Close func() error
 	// Keep: a copy on read that was there before the job stays after Drop.
@@ -227,11 +228,12 @@ func (m *streamer) drop(ctx context.Context) error {
 	wait, cancel := context.WithTimeout(ctx, pauseWait)
 	defer cancel()
 	err = m.Graph.Change(wait, func(tx *blk.Tx) error {
-		if err := m.Drop(t); err != nil {
+		top, err := m.Drop(t)
+		if err != nil {
 			return &cor.WriteError{Err: err}
 		}
 		if m.own || !m.Keep {
-			tx.SetRoot(m.filter.Top())
+			tx.SetRoot(top)
 		}
 		return nil
 	})

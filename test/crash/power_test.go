@@ -483,7 +483,7 @@ func TestSnapshot(t *testing.T) {
 		behind := layer{old.Chain[0].Path, old.Chain[0].Format}
 		top := layer{filepath.Join(m.dir, fmt.Sprint("overlay", i)), image.Qcow2}
 		m.make(top, behind, diskSize)
-		v, err := image.OpenOverlay(blk.NewTask(), top.path, old, m.options())
+		v, err := image.OpenOverlay(blk.NewTask(), top.path, image.Qcow2, old, m.options())
 		m.must(err)
 		m.under(15, func() {
 			m.must(m.g.Change(t.Context(), func(tx *blk.Tx) error {
@@ -516,12 +516,13 @@ func TestStream(t *testing.T) {
 			var gone []*image.Member
 			s := stream.Setup{
 				Graph: m.g, Cluster: m.img.Chain[0].Header.ClusterSize(),
-				Drop: func(t *blk.Task) error {
+				Drop: func(t *blk.Task) (blk.Node, error) {
 					img, dropped, err := m.img.Drop(t, c.base)
-					if err == nil {
-						m.img, gone = img, dropped
+					if err != nil {
+						return nil, err
 					}
-					return err
+					m.img, gone = img, dropped
+					return img.Root, nil
 				},
 				Close:  func() error { return image.CloseMembers(gone) },
 				Failed: func(err error) { t.Error(err) },

@@ -71,8 +71,12 @@ func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error)
 			return nil, r, err
 		}
 	}
-	if r.Format != image.Raw && r.Format != image.Qcow2 {
-		return nil, job.Record{}, control.Errorf(control.ErrUnsupported, "format %q is not supported yet; raw and qcow2 are", r.Format)
+	switch {
+	case r.Format == image.Raw || r.Format == image.Qcow2:
+	case r.Format != image.AddCow:
+		return nil, job.Record{}, control.Errorf(control.ErrUnsupported, "format %q: it is raw, qcow2 or add-cow", r.Format)
+	case r.Method != methodStream:
+		return fail("format add-cow goes with method stream; for method mirror the target is raw or qcow2")
 	}
 	if k.spec.Lock == lockRunning && r.Format != image.Raw {
 		return nil, r, control.Errorf(control.ErrPrecondition, "disk %q has lock = %q, which is for raw images", req.Disk, lockRunning)
@@ -110,7 +114,7 @@ func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error)
 // unused refuses a target that is a disk's image or another job's target.
 func (d *Daemon) unused(target string) error {
 	for _, k := range d.list() {
-		if sameFile(k.record().Image, target) {
+		if sameFile(k.record().Image, target) || k.isOn(target) {
 			return control.Errorf(control.ErrPrecondition, "%s is the image of disk %q", target, k.spec.ID)
 		}
 	}

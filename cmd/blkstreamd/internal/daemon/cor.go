@@ -25,7 +25,7 @@ func (k *disk) over(img *image.Image) blk.Node {
 	if !k.copyOnRead() || img.Lower == nil {
 		return img.Root
 	}
-	return cor.New(img.Root, img.Chain[0].Header.ClusterSize(), k.corFailed)
+	return cor.New(img.Root, img.Chain[0].ClusterSize(), k.corFailed)
 }
 
 func (k *disk) copyOnRead() bool {

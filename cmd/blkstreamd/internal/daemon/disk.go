@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/addcow"
 	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/blk/qcow2"
@@ -223,10 +225,11 @@ func imageError(err error) error {
 	switch {
 	case errors.Is(err, file.ErrInUse), errors.Is(err, qcow2.ErrCorrupt):
 		return control.Errorf(control.ErrPrecondition, "%w", err)
-	case errors.Is(err, image.ErrFormat), errors.Is(err, qcow2.ErrFeature):
+	case errors.Is(err, image.ErrFormat), errors.Is(err, qcow2.ErrFeature), errors.Is(err, addcow.ErrFeature):
 		return control.Errorf(control.ErrUnsupported, "%w", err)
 	case errors.Is(err, image.ErrNoFormat), errors.Is(err, image.ErrName), errors.Is(err, image.ErrLoop),
-		errors.Is(err, image.ErrDepth), errors.Is(err, image.ErrOverlay), errors.Is(err, image.ErrMerge), errors.Is(err, qcow2.ErrFormat):
+		errors.Is(err, image.ErrDepth), errors.Is(err, image.ErrOverlay), errors.Is(err, image.ErrMerge), errors.Is(err, qcow2.ErrFormat),
+		errors.Is(err, addcow.ErrFormat):
 		return control.Errorf(control.ErrInvalid, "%w", err)
 	default:
 		return err
@@ -247,6 +250,9 @@ func layers(backing []config.Layer) (all []image.Layer) {
 }
 
 func (d *Daemon) checkRoots(path string) error {
+	if filepath.Dir(path) == d.bitmapDir() {
+		return nil
+	}
 	if err := config.CheckRoots(path, d.file.Daemon.ImageRoots); err != nil {
 		return control.Errorf(control.ErrInvalid, "%w", err)
 	}
@@ -485,6 +491,9 @@ func (k *disk) resize(ctx context.Context, size int64) error {
 	}
 	if j := k.d.jobs.OnDisk(k.spec.ID); j != nil {
 		return control.Errorf(control.ErrPrecondition, "job %s works on disk %q: wait for its end or cancel it", j.Record().ID, k.spec.ID)
+	}
+	if k.record().Format == image.AddCow {
+		return control.Errorf(control.ErrPrecondition, "disk %q has the size of its image file: stream it first, so that it is on that alone", k.spec.ID)
 	}
 	if err := k.hold(true); err != nil {
 		return err

@@ -48,12 +48,16 @@ type moveRecord struct {
 type cover struct {
 	k       *disk
 	path    string
+	format  string
 	made    bool // the overlay's file is ours to remove
 	from    record
 	to      record
 	old     *image.Image
 	overlay *image.Overlay
 	now     *image.Image
+
+	imageFile string // of an add-cow overlay
+	madeImage bool   // likewise
 }
 
 // errUnsure: the list may have become durable or not, and it could not be taken back.
@@ -123,7 +127,7 @@ func (d *Daemon) snapshotCovers(req *control.SnapshotRequest) ([]*cover, error) 
 		if !filepath.IsAbs(s.Overlay) {
 			return invalid("overlay %q: give an absolute path", s.Overlay)
 		}
-		c := newCover(k, filepath.Clean(s.Overlay))
+		c := newCover(k, filepath.Clean(s.Overlay), image.Qcow2)
 		for _, o := range covers {
 			if o.k == k {
 				return invalid("disk %q is named twice", s.Disk)
@@ -154,9 +158,9 @@ func (d *Daemon) snapshotCovers(req *control.SnapshotRequest) ([]*cover, error) 
 	return covers, nil
 }
 
-func newCover(k *disk, path string) *cover {
-	c := &cover{k: k, path: path, from: k.record(), old: k.image()}
-	c.to = c.from.move(path, image.Qcow2)
+func newCover(k *disk, path, format string) *cover {
+	c := &cover{k: k, path: path, format: format, from: k.record(), old: k.image()}
+	c.to = c.from.move(path, format)
 	if behind := k.backing(); len(behind) > 0 {
 		c.to.Backing = append([]config.Layer{{Image: c.from.Image, Format: c.from.Format}}, behind...)
 	}
@@ -209,11 +213,14 @@ func (d *Daemon) openOverlay(ctx context.Context, t *blk.Task, c *cover, existin
 		if err != nil {
 			return err
 		}
+		_, missing := os.Stat(c.imageFile)
 		err = image.Create(ctx, c.path, image.CreateOptions{
-			Format: image.Qcow2, Unopened: true,
+			Format: c.format, ImageFile: c.imageFile, Unopened: true,
 			CreateOptions: qcow2.CreateOptions{Size: c.old.Root.Info().Size, BackingFile: name, BackingFormat: c.from.Format},
 		})
 		switch {
+		case errors.Is(err, os.ErrExist) && c.format == image.AddCow:
+			return control.Errorf(control.ErrExists, "%s exists: the bitmap of %s goes there; remove it if no disk needs it", c.path, c.imageFile)
 		case errors.Is(err, os.ErrExist):
 			return control.Errorf(control.ErrExists, "%s exists; use --existing if it was made to be the overlay", c.path)
 		case errors.Is(err, blk.ErrInvalid):
@@ -221,11 +228,16 @@ func (d *Daemon) openOverlay(ctx context.Context, t *blk.Task, c *cover, existin
 		case err != nil:
 			return err
 		}
-		c.made = true
+		c.made, c.madeImage = true, c.imageFile != "" && missing != nil
 	}
 	var err error
-	c.overlay, err = image.OpenOverlay(t, c.path, c.old, d.imageOptions(&c.k.spec, c.k.graph))
-	return err
+	if c.overlay, err = image.OpenOverlay(t, c.path, c.format, c.old, d.imageOptions(&c.k.spec, c.k.graph)); err != nil {
+		return err
+	}
+	if n := c.overlay.Size(); n%int64(c.k.spec.BlockSize) != 0 {
+		return control.Errorf(control.ErrInvalid, "%s has %d bytes, which is not a multiple of the disk's block_size %d", c.imageFile, n, c.k.spec.BlockSize)
+	}
+	return nil
 }
 
 // joinAll flushes all old images at the same time, for the guests wait.
@@ -264,6 +276,9 @@ func undo(covers []*cover, remove bool) error {
 		}
 		if c.made && remove {
 			errs = append(errs, os.Remove(c.path))
+		}
+		if c.madeImage && remove {
+			errs = append(errs, os.Remove(c.imageFile))
 		}
 	}
 	return errors.Join(errs...)

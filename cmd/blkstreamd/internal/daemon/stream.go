@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 
 	"github.com/blkstream/blkstream/blk"
@@ -32,7 +33,11 @@ func (d *Daemon) streamRecord(req *control.StreamRequest) (*disk, job.Record, er
 		return nil, job.Record{}, err
 	}
 	now, img := k.record(), k.image()
+	first := img.Chain[0]
 	r := job.Record{ID: req.Id, Kind: kindStream, Disk: req.Disk, Target: now.Image, Format: now.Format}
+	if first.AddCow != nil {
+		r.Target = first.DataFile
+	}
 	r.Options = job.Options{Base: req.Base, Speed: req.Speed, OnSourceError: req.OnSourceError, OnTargetError: req.OnTargetError}
 	if r.OnSourceError == "" {
 		r.OnSourceError = job.OnErrorReport
@@ -49,13 +54,15 @@ func (d *Daemon) streamRecord(req *control.StreamRequest) (*disk, job.Record, er
 		return fail(control.ErrInvalid, "base %q: give an absolute path", req.Base)
 	case k.spec.ReadOnly:
 		return fail(control.ErrPrecondition, "disk %q is read-only: nothing can be copied into its image", req.Disk)
-	case len(img.Chain) < 2:
+	case first.AddCow != nil && req.Base != "":
+		return fail(control.ErrInvalid, "the disk will be on %s alone, behind which no base can stay", first.DataFile)
+	case len(img.Chain) < 2 && (first.AddCow == nil || !first.AddCow.AllAllocated()):
 		return fail(control.ErrPrecondition, "%s has no backing image: there is nothing to stream from", now.Image)
 	case len(k.backing()) > 0:
 		// What stays behind the image would not fit the list any more, and the next daemon could not open it.
 		return fail(control.ErrPrecondition, "the configuration of disk %q names the images behind %s: let that name them itself, "+
 			"with `blkstream image rebase -f qcow2 -u`, and take them out of the configuration", req.Disk, now.Image)
-	case img.Chain[0].Header.SnapshotCount > 0:
+	case first.Header != nil && first.Header.SnapshotCount > 0:
 		return fail(control.ErrPrecondition, "%s has internal snapshots, which need the images behind it", now.Image)
 	}
 	for _, p := range []string{r.OnSourceError, r.OnTargetError} {
@@ -96,8 +103,8 @@ func (d *Daemon) stream(req *control.StreamRequest) (*job.Job, error) {
 
 // startStream starts the job on a chain with something to leave.
 func (d *Daemon) startStream(k *disk, r job.Record) (*job.Job, error) {
-	if r.Kind == kindStream {
-		r.Source = k.image().Chain[1].Path
+	if c := k.image().Chain; r.Kind == kindStream && len(c) > 1 {
+		r.Source = c[1].Path
 	}
 	s, err := streamSetup(k, r.Base)
 	if err != nil {
@@ -126,8 +133,11 @@ func (d *Daemon) runStream(ctx context.Context, k *disk, j *job.Job, s stream.Se
 // streamSetup is for the images that the disk is on now.
 func streamSetup(k *disk, baseName string) (stream.Setup, error) {
 	img := k.image()
-	base := len(img.Chain)
-	s := stream.Setup{Graph: k.graph, Cluster: img.Chain[0].Header.ClusterSize(), Failed: k.corFailed}
+	first, base := img.Chain[0], len(img.Chain)
+	s := stream.Setup{Graph: k.graph, Cluster: first.ClusterSize(), Failed: k.corFailed}
+	if first.AddCow != nil {
+		s.Base = uint16(base) // the image file may hold anything where zeros show
+	}
 	if baseName != "" {
 		var err error
 		if base, err = findBase(img, baseName); err != nil {
@@ -136,27 +146,40 @@ func streamSetup(k *disk, baseName string) (stream.Setup, error) {
 		s.Base, s.Keep = uint16(base), true
 	}
 	var gone []*image.Member
-	s.Drop = func(t *blk.Task) error {
+	s.Drop = func(t *blk.Task) (blk.Node, error) {
 		next, dropped, err := img.Drop(t, base)
 		if err != nil {
-			return err
+			return nil, err
+		}
+		if first.AddCow != nil {
+			if err := k.moveTo(first.DataFile, image.Raw); err != nil {
+				return nil, err
+			}
 		}
 		gone = dropped
 		k.mu.Lock()
 		defer k.mu.Unlock()
 		k.img = next
-		return nil
+		return next.Root, nil
 	}
-	s.Close = func() error { return image.CloseMembers(gone) }
+	s.Close = func() error {
+		err := image.CloseMembers(gone)
+		if first.AddCow != nil {
+			err = errors.Join(err, k.removeBitmap(first.Path, first.DataFile))
+		}
+		return err
+	}
 	return s, nil
 }
 
 // checkMethodStream refuses what a copy that switches at once cannot do.
 func checkMethodStream(k *disk, req *control.CopyRequest, r job.Record) error {
 	switch img := k.image(); {
-	case r.Format != image.Qcow2:
-		return control.Errorf(control.ErrInvalid, "method stream: the target is qcow2, which can have the disk's image behind it")
-	case req.Existing || req.ClusterSize != 0 || req.LazyRefcounts || req.Compression != "" || req.Preallocation != "":
+	case r.Format != image.Qcow2 && r.Format != image.AddCow:
+		return control.Errorf(control.ErrInvalid, "method stream: the target is qcow2 or add-cow, which can have the disk's image behind it")
+	case r.Format == image.AddCow && r.Base != "":
+		return control.Errorf(control.ErrInvalid, "method stream: the disk will be on the target alone, which is raw: no base can stay behind it")
+	case req.Existing && r.Format != image.AddCow || req.ClusterSize != 0 || req.LazyRefcounts || req.Compression != "" || req.Preallocation != "":
 		return control.Errorf(control.ErrInvalid, "method stream: the target is made by the job, with clusters of 64K")
 	case req.Verify:
 		return control.Errorf(control.ErrInvalid, "method stream: there are never two copies to compare")
@@ -174,6 +197,9 @@ func checkMethodStream(k *disk, req *control.CopyRequest, r job.Record) error {
 // copyByStream puts the target over the disk's image and streams that into it. The job is recorded first: whatever
 // happens then, the next daemon finds the disk on the target, and goes on, or on the source.
 func (d *Daemon) copyByStream(k *disk, r job.Record) (*job.Job, error) {
+	if fi, err := os.Stat(r.Target); r.Format == image.AddCow && !r.Existing && err == nil && fi.Mode().IsRegular() {
+		return nil, control.Errorf(control.ErrExists, "%s exists; use --existing to overwrite what it holds", r.Target)
+	}
 	switched := make(chan error, 1)
 	j, err := d.jobs.Start(r, func(ctx context.Context, j *job.Job) error {
 		s, err := d.switchFirst(ctx, k, j)
@@ -196,9 +222,23 @@ func (d *Daemon) copyByStream(k *disk, r job.Record) (*job.Job, error) {
 func (d *Daemon) switchFirst(ctx context.Context, k *disk, j *job.Job) (stream.Setup, error) {
 	r := j.Record()
 	j.Update(func(r *job.Record) { r.Stage = job.StageSwitch })
-	held, err := d.cover(ctx, []*cover{newCover(k, r.Target)}, false)
+	c := newCover(k, r.Target, r.Format)
+	if r.Format == image.AddCow {
+		bitmap, err := d.bitmapPath(r)
+		if err != nil {
+			return stream.Setup{}, err
+		}
+		c = newCover(k, bitmap, r.Format)
+		c.imageFile = r.Target
+	}
+	size := c.old.Root.Info().Size
+	held, err := d.cover(ctx, []*cover{c}, false)
 	if err != nil {
 		return stream.Setup{}, err
+	}
+	if now := c.now.Root.Info().Size; now != size { // an add-cow image is as large as its image file
+		k.dev.SetSize(now)
+		k.server.ConfigChanged()
 	}
 	j.Update(func(r *job.Record) {
 		r.Message = fmt.Sprintf("the guest is on the target; it was held for %.2f ms", float64(held.Microseconds())/1000)
@@ -224,7 +264,10 @@ func (k *disk) streamed(r *job.Record) string {
 
 // notStreamed says what a job of an earlier daemon leaves that cannot go on.
 func (d *Daemon) notStreamed(r job.Record) string {
-	if k, err := d.find(r.Disk); r.Method == methodStream && err == nil && k.record().Image != r.Target {
+	if k, err := d.find(r.Disk); r.Method == methodStream && err == nil && !k.isOn(r.Target) {
+		if r.Format == image.AddCow {
+			return fmt.Sprintf("the guest is not on %s; remove %s to start again, if it is there", r.Target, d.bitmapName(r))
+		}
 		return fmt.Sprintf("the guest is not on %s; remove that to start again", r.Target)
 	}
 	return stillNeeded
@@ -233,11 +276,16 @@ func (d *Daemon) notStreamed(r job.Record) string {
 // resumeStream goes on with a stream that an earlier daemon did not finish. The image itself says whether what is to be
 // left has been left, and holds what has been copied.
 func (d *Daemon) resumeStream(k *disk, r job.Record) error {
-	img := k.image()
-	if now := k.record().Image; now != r.Target {
-		return fmt.Errorf("disk %q is on %s", r.Disk, now) // a copy that had not switched yet, or switched by hand since
+	img, now := k.image(), k.record()
+	if !k.isOn(r.Target) {
+		return fmt.Errorf("disk %q is on %s", r.Disk, now.Image) // a copy that had not switched yet, or switched by hand since
 	}
-	done := len(img.Chain) == 1
+	done := len(img.Chain) == 1 && img.Chain[0].AddCow == nil
+	if done && r.Format == image.AddCow && len(now.Moved) > 0 {
+		if err := k.removeBitmap(now.Moved[len(now.Moved)-1], r.Target); err != nil {
+			return err
+		}
+	}
 	if r.Base != "" {
 		base, err := findBase(img, r.Base)
 		if err != nil {
