@@ -15,6 +15,7 @@ import (
 type jsonSnapshot struct {
 	PausedMs float64     `json:"paused_ms"`
 	Taken    []jsonTaken `json:"taken"`
+	TakenAt  string      `json:"taken_at"`
 }
 
 type jsonTaken struct {
@@ -25,7 +26,10 @@ type jsonTaken struct {
 }
 
 func (a *app) snapshotCmd() *cobra.Command {
-	var req control.SnapshotRequest
+	var (
+		req  control.SnapshotRequest
+		hint bool
+	)
 	format := choice{value: "qcow2", from: []string{"qcow2"}}
 	cmd := &cobra.Command{
 		Use:   "snapshot DISK=OVERLAY ...",
@@ -53,18 +57,19 @@ images, which do not change any more. It happens to all of the disks or to none.
 				if err != nil {
 					return err
 				}
-				return a.printSnapshot(resp)
+				return a.printSnapshot(resp, hint)
 			})(cmd, args)
 		},
 	}
 	format.addTo(cmd, "format", "format of the overlays")
 	cmd.Flags().BoolVar(&req.Existing, "existing", false, "the overlays exist already, empty and over the disks' images; otherwise they must not exist")
+	cmd.Flags().BoolVar(&hint, "freeze-hint", false, "say at what point in time the guests were paused, and what that means for file systems")
 	return cmd
 }
 
-func (a *app) printSnapshot(r *control.SnapshotResponse) error {
+func (a *app) printSnapshot(r *control.SnapshotResponse, hint bool) error {
 	if a.json {
-		doc := jsonSnapshot{PausedMs: r.PausedMs, Taken: []jsonTaken{}}
+		doc := jsonSnapshot{PausedMs: r.PausedMs, Taken: []jsonTaken{}, TakenAt: r.TakenAt}
 		for _, t := range r.Taken {
 			doc.Taken = append(doc.Taken, jsonTaken{t.Disk, t.Overlay, t.Backing, t.Message})
 		}
@@ -76,6 +81,10 @@ func (a *app) printSnapshot(r *control.SnapshotResponse) error {
 			fmt.Fprintln(a.out, t.Message)
 		}
 	}
-	_, err := fmt.Fprintf(a.out, "the guests were paused for %.1f ms\n", r.PausedMs)
+	if _, err := fmt.Fprintf(a.out, "the guests were paused for %.1f ms\n", r.PausedMs); err != nil || !hint {
+		return err
+	}
+	_, err := fmt.Fprintf(a.out, "the disks are as they were at %s: file systems inside are as after a crash,\n"+
+		"unless the guests had frozen them (guest agent: fsfreeze)\n", r.TakenAt)
 	return err
 }

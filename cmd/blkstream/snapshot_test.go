@@ -14,7 +14,7 @@ import (
 
 func (f *fakeDaemon) Snapshot(_ context.Context, r *control.SnapshotRequest) (*control.SnapshotResponse, error) {
 	f.last = r
-	res := &control.SnapshotResponse{PausedMs: 1.25}
+	res := &control.SnapshotResponse{PausedMs: 1.25, TakenAt: "2026-11-24T12:00:00.123456789Z"}
 	for _, d := range r.Disks {
 		if d.Disk != "disk0" && d.Disk != "disk1" {
 			return nil, control.Errorf(control.ErrNotFound, "no disk %q", d.Disk)
@@ -39,8 +39,14 @@ func TestSnapshotCommand(t *testing.T) {
 		},
 		{
 			args: []string{"--json", "snapshot", "disk0=/o0"},
-			stdout: `{"paused_ms":1.25,"taken":[{"disk":"disk0","overlay":"/o0","backing":"/images/a.img","message":"change line 4"}]}` +
+			stdout: `{"paused_ms":1.25,"taken":[{"disk":"disk0","overlay":"/o0","backing":"/images/a.img","message":"change line 4"}],"taken_at":"2026-11-24T12:00:00.123456789Z"}` +
 				"\n",
+		},
+		{
+			args: []string{"snapshot", "disk0=/o0", "--freeze-hint"},
+			stdout: "disk0 uses /o0 now, over /images/a.img\nchange line 4\nthe guests were paused for 1.2 ms\n" +
+				"the disks are as they were at 2026-11-24T12:00:00.123456789Z: file systems inside are as after a crash,\n" +
+				"unless the guests had frozen them (guest agent: fsfreeze)\n",
 		},
 		{args: []string{"snapshot", "nope=/o"}, status: 1, stderr: `no disk "nope"`},
 		{args: []string{"snapshot", "disk0"}, status: 2, stderr: `"disk0": DISK=OVERLAY is wanted`},

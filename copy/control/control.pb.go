@@ -2015,9 +2015,11 @@ func (x *SnapshotDisk) GetOverlay() string {
 }
 
 type SnapshotResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	PausedMs      float64                `protobuf:"fixed64,1,opt,name=paused_ms,json=pausedMs,proto3" json:"paused_ms,omitempty"` // how long the guests' requests were held up
-	Taken         []*SnapshotTaken       `protobuf:"bytes,2,rep,name=taken,proto3" json:"taken,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	PausedMs float64                `protobuf:"fixed64,1,opt,name=paused_ms,json=pausedMs,proto3" json:"paused_ms,omitempty"` // how long the guests' requests were held up
+	Taken    []*SnapshotTaken       `protobuf:"bytes,2,rep,name=taken,proto3" json:"taken,omitempty"`
+	// The instant, RFC 3339 with nanoseconds, at which no request was in flight.
+	TakenAt       string `protobuf:"bytes,3,opt,name=taken_at,json=takenAt,proto3" json:"taken_at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2064,6 +2066,13 @@ func (x *SnapshotResponse) GetTaken() []*SnapshotTaken {
 		return x.Taken
 	}
 	return nil
+}
+
+func (x *SnapshotResponse) GetTakenAt() string {
+	if x != nil {
+		return x.TakenAt
+	}
+	return ""
 }
 
 type SnapshotTaken struct {
@@ -3128,10 +3137,11 @@ const file_control_proto_rawDesc = "" +
 	"\bexisting\x18\x03 \x01(\bR\bexisting\"<\n" +
 	"\fSnapshotDisk\x12\x12\n" +
 	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x18\n" +
-	"\aoverlay\x18\x02 \x01(\tR\aoverlay\"b\n" +
+	"\aoverlay\x18\x02 \x01(\tR\aoverlay\"}\n" +
 	"\x10SnapshotResponse\x12\x1b\n" +
 	"\tpaused_ms\x18\x01 \x01(\x01R\bpausedMs\x121\n" +
-	"\x05taken\x18\x02 \x03(\v2\x1b.blkstream.v1.SnapshotTakenR\x05taken\"q\n" +
+	"\x05taken\x18\x02 \x03(\v2\x1b.blkstream.v1.SnapshotTakenR\x05taken\x12\x19\n" +
+	"\btaken_at\x18\x03 \x01(\tR\atakenAt\"q\n" +
 	"\rSnapshotTaken\x12\x12\n" +
 	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x18\n" +
 	"\aoverlay\x18\x02 \x01(\tR\aoverlay\x12\x18\n" +

@@ -55,6 +55,7 @@ type cover struct {
 	old     *image.Image
 	overlay *image.Overlay
 	now     *image.Image
+	at      time.Time // of the first disk: when all guests were paused
 
 	imageFile string // of an add-cow overlay
 	madeImage bool   // likewise
@@ -74,7 +75,7 @@ func (d *Daemon) snapshot(ctx context.Context, req *control.SnapshotRequest) (*c
 	if err != nil {
 		return nil, err
 	}
-	res := &control.SnapshotResponse{PausedMs: float64(paused.Microseconds()) / 1000}
+	res := &control.SnapshotResponse{PausedMs: float64(paused.Microseconds()) / 1000, TakenAt: covers[0].at.Format(time.RFC3339Nano)}
 	for _, c := range covers {
 		d.opts.Log.Info("snapshot taken", "disk", c.k.spec.ID, "overlay", c.path, "backing", c.from.Image)
 		res.Taken = append(res.Taken, &control.SnapshotTaken{
@@ -188,6 +189,7 @@ func (d *Daemon) takeSnapshot(ctx context.Context, covers []*cover, existing boo
 	defer cancel()
 	start := time.Now()
 	err := blk.ChangeAll(ctx, graphs, func(txs []*blk.Tx) error {
+		covers[0].at = time.Now()
 		if err := joinAll(covers); err != nil {
 			return imageError(err)
 		}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/file"
@@ -71,8 +72,12 @@ func TestSnapshot(t *testing.T) {
 	d, c := b.start(f)
 	b.write("disk1", 1)
 	b.write("disk2", 2)
+	before := time.Now()
 	res, err := b.snapshot(c, "disk2", b.path("2a"), "disk1", b.path("1a"))
 	b.must(err)
+	if at, err := time.Parse(time.RFC3339Nano, res.TakenAt); err != nil || at.Before(before.Round(0)) || at.After(time.Now()) {
+		t.Errorf("taken at %q, %v", res.TakenAt, err)
+	}
 	if res.PausedMs <= 0 || len(res.Taken) != 2 {
 		t.Fatalf("the answer: %v", res)
 	}

@@ -100,6 +100,32 @@ func TestCopyOnRead(t *testing.T) {
 	b.must(d.Stop())
 }
 
+// A hole of the image behind, which shows as zeros anyway, is not stored; zeros that are stored there are, as zeros.
+func TestCopyOnReadHole(t *testing.T) {
+	b := newBed(t)
+	b.layered(0)
+	b.must(os.Truncate(b.path("base.raw"), 1<<20)) // what follows is a hole
+	b.must(os.Truncate(b.path("base.raw"), diskSize))
+	d, c := b.start(b.load("", b.layeredDisk("a", "top.qcow2", "copy_on_read = true")))
+	g := b.guest("a")
+	for _, off := range []int64{0, 2 << 20, 3 << 20} {
+		got := bytes.Repeat([]byte{1}, 4096)
+		_, err := g.ReadAt(got, off)
+		b.must(err)
+		if !bytes.Equal(got, make([]byte, 4096)) {
+			t.Errorf("offset %d does not read as zeros", off)
+		}
+	}
+	b.must(g.Close())
+	if n := b.held("top.qcow2"); n != 64<<10 {
+		t.Errorf("the image holds %d bytes, want one cluster", n)
+	}
+	if k, err := c.DiskShow(b.Context(), &control.DiskShowRequest{Id: "a"}); err != nil || k.Warning != "" {
+		t.Errorf("%v, %v", k, err)
+	}
+	b.stop(d)
+}
+
 // Copy on read is switched while the guest runs, and stays as it was chosen until the configuration says the same.
 func TestCopyOnReadSwitched(t *testing.T) {
 	b := newBed(t)
