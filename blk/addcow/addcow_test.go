@@ -476,3 +476,47 @@ func TestFailedBitIsTakenBack(t *testing.T) {
 		}
 	}
 }
+
+// The caller writes to what the image file holds by itself, and knows when the bitmap is not durable yet.
+func TestExtents(t *testing.T) {
+	const cluster = 64 << 10
+	dir := t.TempDir()
+	at := func(name string) *file.Node {
+		must(t, os.WriteFile(filepath.Join(dir, name), stale(4*cluster), 0o600))
+		f, err := file.Open(filepath.Join(dir, name), file.Options{Grows: name == "a"})
+		must(t, err)
+		return f
+	}
+	storage, img, base := at("a"), at("image"), at("base")
+	must(t, storage.Resize(blk.NewTask(), 0, true))
+	create(t, storage, 4*cluster, cluster)
+	n := open(t, storage, addcow.Options{Image: raw.Open(img), Backing: base})
+	defer base.Close()
+	defer n.Close()
+	if _, ok := n.TryMap(blk.OpWrite, cluster, 512); ok {
+		t.Error("an extent to write where the backing image shows")
+	}
+	if e, ok := n.TryMap(blk.OpRead, cluster, 2*cluster); !ok || e.Depth != 1 || e.Writable || e.Len != 2*cluster || filepath.Base(e.Host.Path) != "base" {
+		t.Errorf("the backing image: %+v, %v", e, ok)
+	}
+	write(t, n, cluster+100, []byte{1})
+	if e, ok := n.TryMap(blk.OpWrite, cluster+512, 2*cluster); !ok || !e.Unsynced || !e.Writable || e.Len != cluster-512 || filepath.Base(e.Host.Path) != "image" {
+		t.Errorf("after a write: %+v, %v", e, ok)
+	}
+	if _, ok := n.TryMap(blk.OpFlush, 0, 0); ok {
+		t.Error("one file is to be synced, and there are two")
+	}
+	flush(t, n)
+	if e, ok := n.TryMap(blk.OpWrite, cluster+512, 512); !ok || e.Unsynced {
+		t.Errorf("after a flush: %+v, %v", e, ok)
+	}
+	if e, ok := n.TryMap(blk.OpFlush, 0, 0); !ok || filepath.Base(e.Host.Path) != "image" {
+		t.Errorf("what to sync: %+v, %v", e, ok)
+	}
+	if a := testing.AllocsPerRun(100, func() {
+		n.TryMap(blk.OpRead, 0, 4*cluster)
+		n.TryMap(blk.OpWrite, cluster, 512)
+	}); a != 0 {
+		t.Errorf("%v allocations", a)
+	}
+}

@@ -19,9 +19,10 @@ type bitset []atomic.Uint64
 
 func newBitset(n int64) bitset { return make(bitset, (n+63)/64) }
 
-func (b bitset) get(i int64) bool { return b[i/64].Load()>>uint(i&63)&1 != 0 }
+func (b bitset) set(first, n int64) {
+	b.each(first, n, func(w *atomic.Uint64, m uint64) { w.Or(m) })
+}
 
-func (b bitset) set(first, n int64) { b.each(first, n, func(w *atomic.Uint64, m uint64) { w.Or(m) }) }
 func (b bitset) clear(first, n int64) {
 	b.each(first, n, func(w *atomic.Uint64, m uint64) { w.And(^m) })
 }

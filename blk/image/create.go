@@ -63,10 +63,10 @@ func Create(ctx context.Context, path string, o CreateOptions) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	switch {
-	case o.Format == Raw:
+	switch o.Format {
+	case Raw:
 		return makeRaw(ctx, t, f, o.Size, o.Preallocation)
-	case o.Format == AddCow:
+	case AddCow:
 		return o.makeAddCow(ctx, t, path, f, &made)
 	}
 	if o.DataFile != "" {
