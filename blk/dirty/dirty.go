@@ -42,9 +42,10 @@ const (
 	// maxSpan is how many regions a write may take from the list. A larger one, mostly a discard, is marked in the
 	// files before it is done.
 	maxSpan = 8
-	// idle is how long a region stays on the list, at least, after the last write.
-	idle = 2 * time.Second
 )
+
+// idle is how long a region stays on the list, at least, after the last write. Tests are in more of a hurry.
+var idle = 2 * time.Second
 
 // States of a region.
 const (

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"slices"
 	"sync/atomic"
 	"syscall"
 
@@ -25,6 +26,11 @@ func (n *Node) Resize(t *blk.Task, size int64, shrink bool) error {
 
 func (n *Node) resize(t *blk.Task, size int64, shrink bool) error {
 	defer n.resizing.lock(t)()
+	if size != n.Info().Size {
+		if err := n.checkBitmaps(t); err != nil { // before the ones that are up to date are marked
+			return err
+		}
+	}
 	if err := n.beginChange(t); err != nil {
 		return err
 	}
@@ -36,14 +42,25 @@ func (n *Node) resize(t *blk.Task, size int64, shrink bool) error {
 		return fmt.Errorf("less than the %d it has: %w", h.Size, blk.ErrInvalid)
 	case h.SnapshotCount > 0 && (size < h.Size || n.v2):
 		return fmt.Errorf("the image has internal snapshots: %w", blk.ErrNotSupported)
-	case h.Bitmaps.Count > 0:
-		return fmt.Errorf("the image has persistent bitmaps: %w", blk.ErrNotSupported)
 	case size == h.Size:
 		return nil
 	case size < h.Size:
 		return n.shrink(t, h, size)
 	}
 	return n.grow(t, h, size)
+}
+
+// checkBitmaps refuses to leave bitmaps behind that are of another size. Those in use mean nothing until they are stored
+// anew.
+func (n *Node) checkBitmaps(t *blk.Task) error {
+	list, err := ReadBitmaps(t, n.storage, n.Header())
+	if err != nil {
+		return err
+	}
+	if slices.ContainsFunc(list, func(b Bitmap) bool { return !b.InUse }) {
+		return fmt.Errorf("the image has persistent bitmaps: %w", blk.ErrNotSupported)
+	}
+	return nil
 }
 
 func (n *Node) grow(t *blk.Task, h *Header, size int64) error {

@@ -14,12 +14,15 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/dirty"
 	"github.com/blkstream/blkstream/blk/file"
+	"github.com/blkstream/blkstream/blk/qcow2"
+	"github.com/blkstream/blkstream/blk/raw"
 	"github.com/blkstream/blkstream/copy/control"
 	"github.com/blkstream/blkstream/copy/job"
 )
@@ -27,13 +30,17 @@ import (
 // The dirty bitmaps of a disk. While the disk is served they are the head of its graph (blk/dirty) and have files in
 // the state directory. In order:
 //
-//  1. When the disk is started, each bitmap comes from where the record says that it is: from its file, with the
-//     regions of the intent log if the disk was not stopped in order. It is inconsistent, and records nothing, if
-//     somebody has written to the image since the disk was stopped, or if its file was damaged.
-//  2. The record, which now says that the disk is being served, is made durable, and then the guest may write.
-//  3. When the disk is stopped the files are completed, and the record says what the image looks like.
+//  1. When the disk is started, each bitmap comes from a qcow2 image that has it in order, else from its file, with the
+//     regions of the intent log. It is inconsistent, and records nothing, if somebody has written to the image since the
+//     disk was stopped, or if its file was damaged.
+//  2. The files and the record, which now says that the disk is being served, are made durable; bitmaps in the image are
+//     marked as in use there. Then the guest may write.
+//  3. When the disk is stopped the bitmaps are stored in the image if it can have any. Else their files are completed,
+//     and the record says what the image looks like.
 //
-// The record is the list of the bitmaps: a file that it does not name is of no use and is removed.
+// After a crash between any two of these the files are at least what was written, and the image's bitmaps are marked, or
+// both are the same. The record is the list of the bitmaps: a file that it does not name is of no use and is removed.
+// Bitmaps of the image that are not on the list are shown and left alone.
 
 const (
 	bitmapKind = "bitmaps"
@@ -43,6 +50,7 @@ const (
 	maxBitmapGranularity     = 64 << 20
 	// maxDiskBitmaps bounds the memory and the work of each write's marks.
 	maxDiskBitmaps = 64
+	maxBitmapBytes = 64 << 20 // of memory for each; some more are needed for all together
 )
 
 // bitmapsRecord is what the state directory keeps of a disk's bitmaps.
@@ -57,7 +65,7 @@ type bitmapsRecord struct {
 type bitmapRecord struct {
 	Name        string `json:"name"`
 	Granularity int64  `json:"granularity"`
-	File        string `json:"file,omitempty"`
+	File        string `json:"file,omitempty"` // none: the bitmap is in the image, or broken
 	// Broken says why the bitmap does not hold everything.
 	Broken string `json:"broken,omitempty"`
 }
@@ -155,14 +163,19 @@ func (b *bitmaps) load() error {
 		return nil // a disk that does not change leaves everything as it is
 	}
 	var r bitmapsRecord
-	found, err := b.store().Load(bitmapKind, b.k.spec.ID, &r)
-	if err != nil || !found {
+	if _, err := b.store().Load(bitmapKind, b.k.spec.ID, &r); err != nil {
 		return err
 	}
 	t := blk.NewTask()
-	bits, err := b.read(t, &r)
+	bits, inImage, err := b.fromImage(t, &r)
 	if err != nil {
 		return err
+	}
+	if err := b.fromFiles(t, &r, bits); err != nil {
+		return err
+	}
+	if len(r.Bitmaps) == 0 {
+		return nil
 	}
 	for _, rec := range r.Bitmaps {
 		b.all = append(b.all, &diskBitmap{bitmapRecord: rec})
@@ -173,6 +186,11 @@ func (b *bitmaps) load() error {
 	if err := b.save(nil); err != nil {
 		return err
 	}
+	if len(inImage) > 0 {
+		if err := b.k.image().Root.(*qcow2.Node).UseBitmaps(t, inImage); err != nil { //nolint:errcheck // fromImage has seen it
+			return err
+		}
+	}
 	b.sweep()
 	for _, m := range b.all {
 		if m.Broken != "" {
@@ -182,8 +200,41 @@ func (b *bitmaps) load() error {
 	return nil
 }
 
-// read gets the bits of those that are good, and says of the others why they are not.
-func (b *bitmaps) read(t *blk.Task, r *bitmapsRecord) ([]*blk.Bitmap, error) {
+// fromImage gets the bitmaps that are in order in the image, whatever the record says of them, and puts them on the list.
+// It names them. What the record says to be in the image and is not there, is forgotten.
+func (b *bitmaps) fromImage(t *blk.Task, r *bitmapsRecord) (bits map[string]*blk.Bitmap, names []string, err error) {
+	bits = map[string]*blk.Bitmap{}
+	var list []qcow2.Bitmap
+	node, ok := b.k.image().Root.(*qcow2.Node)
+	if ok && node.CanStoreBitmaps() {
+		if list, err = node.Bitmaps(t); err != nil {
+			return nil, nil, err
+		}
+	}
+	r.Bitmaps = slices.DeleteFunc(r.Bitmaps, func(m bitmapRecord) bool { return m.File == "" && m.Broken == "" })
+	for _, m := range list {
+		if !m.Enabled || m.InUse || !utf8.ValidString(m.Name) || len(r.Bitmaps) >= maxDiskBitmaps {
+			continue
+		}
+		rec := bitmapRecord{Name: m.Name, Granularity: m.Granularity}
+		i := slices.IndexFunc(r.Bitmaps, func(o bitmapRecord) bool { return o.Name == m.Name })
+		if i < 0 {
+			i = len(r.Bitmaps)
+			r.Bitmaps = append(r.Bitmaps, rec)
+		}
+		got, err := node.LoadBitmap(t, m)
+		if err != nil {
+			rec.Broken = err.Error()
+		} else {
+			bits[m.Name], names = got, append(names, m.Name)
+		}
+		r.Bitmaps[i] = rec
+	}
+	return bits, names, nil
+}
+
+// fromFiles gets the others, and says of those that are not good why they are not.
+func (b *bitmaps) fromFiles(t *blk.Task, r *bitmapsRecord, bits map[string]*blk.Bitmap) error {
 	why := ""
 	switch now := b.k.record(); {
 	case b.k.spec.Lock == lockRunning:
@@ -193,40 +244,41 @@ func (b *bitmaps) read(t *blk.Task, r *bitmapsRecord) ([]*blk.Bitmap, error) {
 	case r.Stopped != nil:
 		is, err := stateOf(now.Image)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if *is != *r.Stopped {
 			why = "the image was changed while the disk was not served"
 		}
 	}
-	all := make([]*blk.Bitmap, len(r.Bitmaps))
-	var good []*blk.Bitmap
+	var (
+		good []*bitmapRecord
+		read []*blk.Bitmap
+	)
 	for i := range r.Bitmaps {
 		m := &r.Bitmaps[i]
-		if m.Broken == "" {
-			m.Broken = why
-		}
-		if m.Broken != "" {
+		if bits[m.Name] != nil || m.Broken != "" {
 			continue
 		}
-		bits, err := b.readFile(t, m.File)
+		if m.Broken = why; why != "" {
+			continue
+		}
+		got, err := b.readFile(t, m.File)
 		if err != nil {
 			m.Broken = err.Error()
 			continue
 		}
-		all[i], good = bits, append(good, bits)
+		bits[m.Name], good, read = got, append(good, m), append(read, got)
 	}
 	if len(good) == 0 {
-		return all, nil
+		return nil
 	}
-	if err := b.readLog(t, good); err != nil {
-		for i := range r.Bitmaps {
-			if all[i] != nil {
-				all[i], r.Bitmaps[i].Broken = nil, err.Error()
-			}
+	if err := b.readLog(t, read); err != nil {
+		for _, m := range good {
+			m.Broken = err.Error()
+			delete(bits, m.Name)
 		}
 	}
-	return all, nil
+	return nil
 }
 
 func (b *bitmaps) readFile(t *blk.Task, name string) (*blk.Bitmap, error) {
@@ -257,26 +309,35 @@ func (b *bitmaps) open(name string) (*file.Node, error) {
 	return f, err
 }
 
-// begin lets those record that have bits. Their files and the log are used further: at any moment the two hold all that
-// they held before, and more.
-func (b *bitmaps) begin(t *blk.Task, bits []*blk.Bitmap) error {
-	if !slices.ContainsFunc(bits, func(m *blk.Bitmap) bool { return m != nil }) {
+// begin lets those record that have bits. Files and the log that are there already are used further: at any moment they
+// hold all that they held before, and more.
+func (b *bitmaps) begin(t *blk.Task, bits map[string]*blk.Bitmap) error {
+	if len(bits) == 0 {
 		return nil
+	}
+	if !slices.ContainsFunc(b.all, func(m *diskBitmap) bool { return bits[m.Name] != nil && m.File != "" }) {
+		if err := b.newLog(t); err != nil {
+			return err
+		}
 	}
 	if err := b.startHead(); err != nil {
 		return err
 	}
 	return b.k.graph.Change(context.Background(), func(tx *blk.Tx) error {
 		tx.SetHead(b.head)
-		for i, m := range b.all {
-			if bits[i] == nil {
+		for _, m := range b.all {
+			if bits[m.Name] == nil {
 				continue
 			}
-			f, err := b.open(m.File)
+			open := b.open
+			if m.File == "" {
+				m.File, open = b.freeName(), b.create
+			}
+			f, err := open(m.File)
 			if err != nil {
 				return err
 			}
-			if m.bits, err = b.head.Add(t, f, bits[i]); err != nil {
+			if m.bits, err = b.head.Add(t, f, bits[m.Name]); err != nil {
 				return errors.Join(err, f.Close())
 			}
 		}
@@ -372,7 +433,7 @@ func (b *bitmaps) sweep() {
 	}
 	used := map[string]bool{}
 	for _, m := range b.list() {
-		if m.bits != nil {
+		if m.File != "" && m.Broken == "" {
 			used[m.File], used[logName] = true, true
 		}
 	}
@@ -399,6 +460,9 @@ func (b *bitmaps) add(ctx context.Context, name string, granularity int64) (*dis
 	case k.spec.Lock == lockRunning:
 		return nil, control.Errorf(control.ErrPrecondition, "disk %q has lock = %q: another host may write to it, which a bitmap here would miss",
 			k.spec.ID, lockRunning)
+	}
+	if k.dev.Size()/granularity > 8*maxBitmapBytes {
+		return nil, control.Errorf(control.ErrInvalid, "granularity %d: the disk is large, choose a larger one", granularity)
 	}
 	if _, err := b.find(name); err == nil {
 		return nil, control.Errorf(control.ErrExists, "disk %q has a bitmap %q already", k.spec.ID, name)
@@ -518,16 +582,75 @@ func (b *bitmaps) remove(ctx context.Context, m *diskBitmap) (err error) {
 		return errors.Join(err, b.save(nil))
 	}
 	if m.bits == nil {
-		return nil
+		return b.removeFromImage(m.Name)
 	}
 	if err := b.k.graph.Change(ctx, func(*blk.Tx) error { return m.bits.Remove() }); err != nil {
 		b.put(m)
 		return errors.Join(busy(err, m.Name), b.save(nil))
 	}
+	if err := b.removeFromImage(m.Name); err != nil {
+		return err
+	}
 	if slices.ContainsFunc(b.list(), func(m *diskBitmap) bool { return m.bits != nil }) {
 		return nil
 	}
 	return b.endHead(ctx)
+}
+
+// inImage calls fn with the image that the guest is on, if that is one that can have bitmaps, and with what it has. It
+// stays open meanwhile.
+func (b *bitmaps) inImage(fn func(t *blk.Task, n *qcow2.Node, list []qcow2.Bitmap) error) (err error) {
+	b.k.graph.View(func(root blk.Node) {
+		for {
+			if n, ok := root.(*qcow2.Node); ok {
+				t := blk.NewTask()
+				var list []qcow2.Bitmap
+				if list, err = n.Bitmaps(t); err == nil {
+					err = fn(t, n, list)
+				}
+				return
+			}
+			below := root.Children()
+			if _, ok := root.(*raw.Node); ok || len(below) == 0 {
+				return
+			}
+			root = below[0]
+		}
+	})
+	return err
+}
+
+func (b *bitmaps) removeFromImage(name string) error {
+	return b.inImage(func(t *blk.Task, n *qcow2.Node, list []qcow2.Bitmap) error {
+		if !slices.ContainsFunc(list, func(m qcow2.Bitmap) bool { return m.Name == name }) {
+			return nil
+		}
+		return n.StoreBitmaps(t, []string{name}, nil)
+	})
+}
+
+// strangers are the image's bitmaps that are not the disk's.
+func (b *bitmaps) strangers() (all []*control.Bitmap) {
+	err := b.inImage(func(_ *blk.Task, _ *qcow2.Node, list []qcow2.Bitmap) error {
+		for _, m := range list {
+			if _, err := b.find(m.Name); err == nil {
+				continue
+			}
+			o := &control.Bitmap{
+				Disk: b.k.spec.ID, Name: strings.ToValidUTF8(m.Name, "\uFFFD"), Granularity: m.Granularity,
+				Stored: b.k.record().Image, State: bitmapDisabled,
+			}
+			if m.InUse || m.Enabled {
+				o.State, o.Reason = bitmapInconsistent, "whoever wrote to the image last has not stored it"
+			}
+			all = append(all, o)
+		}
+		return nil
+	})
+	if err != nil {
+		b.k.d.opts.Log.Warn("the image's bitmaps cannot be listed", "disk", b.k.spec.ID, "err", err)
+	}
+	return all
 }
 
 func busy(err error, name string) error {
@@ -589,6 +712,7 @@ const (
 	bitmapRecording    = "recording"
 	bitmapBusy         = "busy"
 	bitmapInconsistent = "inconsistent"
+	bitmapDisabled     = "disabled" // of the image, and records nothing
 )
 
 func (b *bitmaps) state(m *diskBitmap) (state, reason string) {
@@ -603,6 +727,9 @@ func (b *bitmaps) state(m *diskBitmap) (state, reason string) {
 
 func (b *bitmaps) message(m *diskBitmap) *control.Bitmap {
 	o := &control.Bitmap{Disk: b.k.spec.ID, Name: m.Name, Granularity: m.Granularity, Stored: b.dir()}
+	if n, ok := b.k.image().Root.(*qcow2.Node); ok && n.CanStoreBitmaps() {
+		o.Stored = b.k.record().Image
+	}
 	o.State, o.Reason = b.state(m)
 	if o.State != bitmapRecording {
 		return o
@@ -625,13 +752,43 @@ func (b *bitmaps) warning() string {
 	return strings.Join(all, "; ")
 }
 
-// sync completes the files. Nothing is in flight any more, for good.
+// sync completes the files, or stores the bitmaps in the image. Nothing is in flight any more, for good.
 func (b *bitmaps) sync() error {
 	head := b.recorder()
 	if head == nil {
 		return nil
 	}
-	return errors.Join(head.Sync(blk.NewTask()), head.Close())
+	t := blk.NewTask()
+	err := head.Sync(t)
+	if err == nil {
+		b.toImage(t)
+	}
+	return errors.Join(err, head.Close())
+}
+
+// toImage stores the bitmaps in the image if it can have any. If that fails, their files are complete all the same.
+func (b *bitmaps) toImage(t *blk.Task) {
+	n, ok := b.k.image().Root.(*qcow2.Node)
+	if !ok || !n.CanStoreBitmaps() {
+		return
+	}
+	var data []qcow2.BitmapData
+	for _, m := range b.list() {
+		if m.bits != nil {
+			data = append(data, qcow2.BitmapData{Name: m.Name, Bits: m.bits.Bits()})
+		}
+	}
+	if err := n.StoreBitmaps(t, nil, data); err != nil {
+		b.k.d.opts.Log.Warn("the bitmaps stay in the state directory", "disk", b.k.spec.ID, "err", err)
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for i, m := range b.all {
+		if m.bits != nil {
+			b.all[i] = &diskBitmap{bitmapRecord: bitmapRecord{Name: m.Name, Granularity: m.Granularity}}
+		}
+	}
 }
 
 // forget removes all that is kept of them.
@@ -652,7 +809,11 @@ func (b *bitmaps) stopped() error {
 	if err != nil {
 		return err
 	}
-	return b.save(now)
+	if err := b.save(now); err != nil {
+		return err
+	}
+	b.sweep()
+	return nil
 }
 
 // The control socket.
@@ -687,10 +848,15 @@ func (s *service) BitmapRemove(ctx context.Context, r *control.BitmapRemoveReque
 	_, err := s.bitmap(ctx, r.Disk, func(ctx context.Context, b *bitmaps) (*diskBitmap, error) {
 		defer b.sweep()
 		m, err := b.find(r.Name)
-		if err != nil {
-			return nil, err
+		if err == nil {
+			return nil, b.remove(ctx, m)
 		}
-		return nil, b.remove(ctx, m)
+		for _, o := range b.strangers() {
+			if o.Name == r.Name {
+				return nil, b.removeFromImage(r.Name)
+			}
+		}
+		return nil, err
 	})
 	if err != nil {
 		return nil, err
@@ -716,6 +882,7 @@ func (s *service) BitmapList(_ context.Context, r *control.BitmapListRequest) (*
 		for _, m := range k.bitmaps.list() {
 			o.Bitmaps = append(o.Bitmaps, k.bitmaps.message(m))
 		}
+		o.Bitmaps = append(o.Bitmaps, k.bitmaps.strangers()...)
 	}
 	return o, nil
 }

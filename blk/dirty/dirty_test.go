@@ -1,0 +1,555 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package dirty
+
+import (
+	"errors"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/blktest"
+)
+
+const (
+	size  = 2 << 30 // 512 regions, of which 128 may be on the list
+	block = 64 << 10
+)
+
+func TestMain(m *testing.M) {
+	idle = 200 * time.Millisecond
+	os.Exit(m.Run())
+}
+
+// disk is a child without contents that tells which writes it has seen.
+type disk struct {
+	info  blk.Info
+	wrote func(r *blk.Request) error
+}
+
+func newDisk(size int64) *disk {
+	return &disk{info: blk.Info{Name: "disk", Kind: "test", Size: size, Align: 1, Discard: true}, wrote: func(*blk.Request) error { return nil }}
+}
+
+func (d *disk) Info() *blk.Info { return &d.info }
+
+func (d *disk) TryMap(_ blk.Op, off, l int64) (blk.Extent, bool) {
+	return blk.Extent{Len: l, Writable: true, HostOff: off}, true
+}
+
+func (d *disk) Map(_ *blk.Task, off, l int64) (blk.Extent, error) {
+	return blk.Extent{Len: l, HostOff: off}, nil
+}
+func (d *disk) Do(_ *blk.Task, r *blk.Request) error { return d.wrote(r) }
+func (d *disk) Children() []blk.Node                 { return nil }
+func (d *disk) Close() error                         { return nil }
+
+// part is a piece of a node: so log and files lose their power at the same time.
+type part struct {
+	blk.Node
+	off  int64
+	info blk.Info
+}
+
+func newPart(n blk.Node, off, size int64) *part {
+	p := &part{Node: n, off: off, info: *n.Info()}
+	p.info.Size = size
+	return p
+}
+
+func (p *part) Info() *blk.Info { return &p.info }
+
+func (p *part) Do(t *blk.Task, r *blk.Request) error {
+	q := *r
+	if r.Op != blk.OpFlush {
+		q.Off += p.off
+	}
+	return blk.Do(t, p.Node, &q)
+}
+
+func (p *part) Close() error { return nil }
+
+// rig is a filter over a disk, with the queues' side.
+type rig struct {
+	*testing.T
+	n     *Node
+	disk  *disk
+	store blk.Node
+	crash *blktest.CrashDisk
+	next  int64
+
+	pause sync.RWMutex // read: a request is in flight
+	fast  sync.RWMutex // read: one that TryMap has let pass
+	fasts atomic.Int64
+	told  atomic.Int64 // calls of Broken
+	acked func(off, l int64)
+}
+
+func newRig(t *testing.T, over func(blk.Node) blk.Node) *rig {
+	t.Helper()
+	r := &rig{T: t, disk: newDisk(size), crash: blktest.NewCrashDisk(1 << 20)}
+	r.store = over(r.crash)
+	log := r.part(LogSize)
+	r.must(FormatLog(blk.NewTask(), log))
+	r.start(log)
+	return r
+}
+
+func plain(n blk.Node) blk.Node { return n }
+
+func (r *rig) start(log blk.Node) {
+	r.Helper()
+	n, err := New(Options{
+		Log: log,
+		Barrier: func(*blk.Task) error {
+			r.fast.Lock()
+			r.fast.Unlock() //nolint:staticcheck // waits for those inside
+			return nil
+		},
+		Broken: func(error) error {
+			r.told.Add(1)
+			return nil
+		},
+	})
+	r.must(err)
+	n.Over(r.disk)
+	r.n = n
+	r.Cleanup(func() { n.Close() })
+}
+
+func (r *rig) must(err error) {
+	r.Helper()
+	if err != nil {
+		r.Fatal(err)
+	}
+}
+
+func (r *rig) part(size int64) blk.Node {
+	p := newPart(r.store, r.next, size)
+	r.next += size
+	return p
+}
+
+func (r *rig) add(granularity int64) *Bitmap {
+	r.Helper()
+	b, err := r.n.Add(blk.NewTask(), r.part(BitsSize(size, granularity)), blk.NewBitmap(size, granularity))
+	r.must(err)
+	return b
+}
+
+// write is what a queue does; fast: it may take the fast path.
+func (r *rig) write(op blk.Op, off, l int64, fast bool) error {
+	r.pause.RLock()
+	defer r.pause.RUnlock()
+	if r.acked != nil {
+		defer r.acked(off, l)
+	}
+	q := &blk.Request{Op: op, Off: off, Len: l}
+	if op == blk.OpWrite {
+		q.Data = blk.BytesVec(nil, nothing[:l])
+		if fast {
+			r.fast.RLock()
+			if e, ok := r.n.TryMap(op, off, l); ok {
+				defer r.fast.RUnlock()
+				err := r.disk.wrote(q)
+				if e.Tracked != nil {
+					e.Tracked.Set(off, l)
+				}
+				r.fasts.Add(1)
+				return err
+			}
+			r.fast.RUnlock()
+		}
+	}
+	return blk.Do(blk.NewTask(), r.n, q)
+}
+
+var nothing [2 << 20]byte
+
+func (r *rig) change(fn func()) {
+	r.pause.Lock()
+	defer r.pause.Unlock()
+	fn()
+}
+
+// stored is what a restart makes of the log and the files.
+func stored(t *testing.T, store blk.Node, granularities ...int64) []*blk.Bitmap {
+	t.Helper()
+	task := blk.NewTask()
+	var all []*blk.Bitmap
+	at := int64(LogSize)
+	for _, g := range granularities {
+		m, err := ReadBits(task, newPart(store, at, BitsSize(size, g)), size)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, m)
+		at += BitsSize(size, g)
+	}
+	if err := ReadLog(task, newPart(store, 0, LogSize), all...); err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// A write does not begin before its region is on the list, durably.
+func TestIntentFirst(t *testing.T) {
+	r := newRig(t, func(n blk.Node) blk.Node { return blktest.NewFault(n) })
+	r.add(block)
+	fault := r.store.(*blktest.Fault)
+	var begun atomic.Bool
+	r.disk.wrote = func(*blk.Request) error {
+		begun.Store(true)
+		return nil
+	}
+	if _, ok := r.n.TryMap(blk.OpWrite, 0, 4096); ok {
+		t.Error("the fast path, before the region is on the list")
+	}
+	trap := fault.Add(blktest.Rule{Ops: []blk.Op{blk.OpFlush}, Hold: true})
+	done := make(chan error)
+	go func() { done <- r.write(blk.OpWrite, 0, 4096, true) }()
+	trap.Wait(t, 1)
+	time.Sleep(20 * time.Millisecond)
+	if begun.Load() {
+		t.Error("the write has begun, and the list is not durable")
+	}
+	trap.Release()
+	r.must(<-done)
+	e, ok := r.n.TryMap(blk.OpWrite, 1<<20, 4096)
+	if !ok || e.Tracked == nil {
+		t.Error("no fast path in a region that is on the list")
+	}
+	if n := testing.AllocsPerRun(1000, func() { r.n.TryMap(blk.OpWrite, 1<<20, 4096) }); n != 0 {
+		t.Errorf("%v allocations a request", n)
+	}
+	if m := stored(t, r.crash, block)[0]; !m.All(0, 1<<22) || m.Any(1<<22, size) {
+		t.Errorf("after a crash now: %d bytes", m.Bytes())
+	}
+}
+
+// A region does not leave the list while a write that began there is in flight.
+func TestRetireWaits(t *testing.T) {
+	r := newRig(t, plain)
+	b := r.add(block)
+	r.must(r.write(blk.OpWrite, 0, 4096, true))
+	r.fast.RLock()
+	e, ok := r.n.TryMap(blk.OpWrite, 0, 4096) // in flight
+	if !ok {
+		t.Fatal("no fast path")
+	}
+	done := make(chan error, 1)
+	go func() {
+		for i := range int64(3 * maxActive) {
+			if err := r.write(blk.OpWrite, i<<22|1<<20, 4096, false); err != nil {
+				done <- err
+				return
+			}
+		}
+		done <- nil
+	}()
+	select {
+	case <-done:
+		t.Error("regions were retired with a write in flight")
+	case <-time.After(50 * time.Millisecond):
+	}
+	e.Tracked.Set(block, 4096) // where nothing else is marked
+	r.fast.RUnlock()
+	r.must(<-done)
+	if m := stored(t, r.crash, block)[0]; !m.Any(block, 1) || !m.All(0, 1) {
+		t.Error("a mark is not in the file")
+	}
+	if bytes, _ := b.State(); bytes != (3*maxActive+2)*block {
+		t.Errorf("%d blocks are dirty", bytes/block)
+	}
+}
+
+type acked struct {
+	off, n int64
+	point  int // of the crash disk, when it was acknowledged
+}
+
+// Thousands of racing writes, some of them discards, over more regions than the list has, with bitmaps cleared, frozen
+// and thawed meanwhile: in memory the bitmaps are exact, and whatever a power cut at any moment leaves of the log and
+// the files is at least what was acknowledged.
+func TestPowerCut(t *testing.T) {
+	seed := rand.Uint64()
+	defer func() {
+		if t.Failed() {
+			t.Logf("seed %d", seed)
+		}
+	}()
+	r := newRig(t, plain)
+	grans := []int64{block, 1 << 20}
+	bitmaps := []*Bitmap{r.add(grans[0]), r.add(grans[1])}
+	var (
+		mu   sync.Mutex
+		all  [2][]acked // of both bitmaps, since they were cleared
+		gone [2][]struct {
+			list       []acked
+			begun, end int
+		}
+	)
+	r.acked = func(off, n int64) {
+		mu.Lock()
+		defer mu.Unlock()
+		p := r.crash.Points()
+		for i := range all {
+			all[i] = append(all[i], acked{off, n, p})
+		}
+	}
+	forget := func(i int, from []acked, begun int) {
+		gone[i] = append(gone[i], struct {
+			list       []acked
+			begun, end int
+		}{from, begun, r.crash.Points()})
+	}
+	var wg sync.WaitGroup
+	for w := range 8 {
+		wg.Go(func() {
+			rng := rand.New(rand.NewPCG(seed, uint64(w)))
+			home := rng.Int64N(size)
+			for range 300 {
+				off := rng.Int64N(size-(1<<20)) &^ 511
+				if rng.IntN(4) > 0 { // most of them near each other
+					off = (home + rng.Int64N(16<<20)) % (size - 1<<20) &^ 511
+				}
+				l, op := int64(512+512*rng.IntN(256)), blk.OpWrite
+				switch rng.IntN(40) {
+				case 0:
+					op, l = blk.OpDiscard, min(64<<20, size-off)
+				case 1:
+					op = blk.OpWriteZeroes
+				}
+				if err := r.write(op, off, l, rng.IntN(4) > 0); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Go(func() {
+		rng := rand.New(rand.NewPCG(seed, 100))
+		for range 12 {
+			time.Sleep(time.Duration(rng.IntN(15)) * time.Millisecond)
+			i := rng.IntN(2)
+			switch rng.IntN(3) {
+			case 0:
+				bitmaps[i].State()
+			case 1:
+				r.change(func() {
+					begun := r.crash.Points()
+					if err := bitmaps[i].Clear(blk.NewTask()); err != nil {
+						t.Error(err)
+					}
+					forget(i, all[i], begun)
+					all[i] = nil
+				})
+			case 2:
+				var frozen int
+				r.change(func() {
+					m, err := bitmaps[i].Freeze()
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					frozen = len(all[i])
+					for _, a := range all[i] {
+						if !m.All(a.off, a.n) {
+							t.Errorf("frozen without %v", a)
+						}
+					}
+				})
+				time.Sleep(time.Duration(rng.IntN(15)) * time.Millisecond)
+				done := rng.IntN(2) == 0
+				r.change(func() {
+					begun := r.crash.Points()
+					if err := bitmaps[i].Thaw(blk.NewTask(), done); err != nil {
+						t.Error(err)
+					}
+					if done {
+						forget(i, all[i][:frozen], begun)
+						all[i] = slices.Clone(all[i][frozen:])
+					}
+				})
+			}
+		}
+	})
+	wg.Wait()
+	if r.fasts.Load() == 0 {
+		t.Error("nothing took the fast path")
+	}
+	for i, b := range bitmaps {
+		want := blk.NewBitmap(size, grans[i])
+		for _, a := range all[i] {
+			want.Set(a.off, a.n)
+		}
+		got := b.Bits()
+		for w := range want.Words() {
+			if got.Word(w) != want.Word(w) {
+				t.Fatalf("bitmap %d: word %d is %#x, want %#x", i, w, got.Word(w), want.Word(w))
+			}
+		}
+	}
+	rng := rand.New(rand.NewPCG(seed, 200))
+	points := r.crash.Points()
+	for range 100 {
+		// Not before the bitmaps were complete.
+		p := 12 + rng.IntN(points-11)
+		for i, m := range stored(t, r.crash.CrashAt(p, rng), grans...) {
+			check := func(l []acked, until int) {
+				for _, a := range l {
+					if a.point <= p && p <= until && !m.All(a.off, a.n) {
+						t.Fatalf("bitmap %d, power cut at %d of %d: %v is missing", i, p, points, a)
+					}
+				}
+			}
+			check(all[i], points)
+			for _, g := range gone[i] {
+				check(g.list, g.begun)
+			}
+		}
+	}
+	r.must(r.n.Sync(blk.NewTask()))
+	for i, m := range stored(t, r.crash, grans...) {
+		if m.Count() != bitmaps[i].Bits().Count() {
+			t.Errorf("bitmap %d: stored %d bits, want %d", i, m.Count(), bitmaps[i].Bits().Count())
+		}
+	}
+}
+
+// The storage of the log fails: no write fails or waits, and the bitmaps say that they have missed something, also
+// after a restart.
+func TestBroken(t *testing.T) {
+	for _, what := range []blk.Op{blk.OpWrite, blk.OpFlush} {
+		r := newRig(t, func(n blk.Node) blk.Node { return blktest.NewFault(n) })
+		b := r.add(block)
+		trap := r.store.(*blktest.Fault).Add(blktest.Rule{Ops: []blk.Op{what}, After: 3, Err: syscall.ENOSPC})
+		for i := range int64(400) {
+			r.must(r.write(blk.OpWrite, i<<22, 4096, i%2 == 0))
+		}
+		if err := b.Err(); !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("%v fails: %v", what, err)
+		}
+		if _, err := b.Freeze(); !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("%v fails: frozen, %v", what, err)
+		}
+		for range 100 {
+			if r.told.Load() > 0 {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if r.told.Load() == 0 {
+			t.Errorf("%v fails: nobody was told", what)
+		}
+		trap.Remove()
+	}
+}
+
+// What could not be made durable at once is tried again.
+func TestBrokenLater(t *testing.T) {
+	r := newRig(t, func(n blk.Node) blk.Node { return blktest.NewFault(n) })
+	r.add(block)
+	r.n.o.Broken = func(err error) error {
+		r.told.Add(1)
+		return err
+	}
+	trap := r.store.(*blktest.Fault).Add(blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Err: syscall.EIO})
+	r.must(r.write(blk.OpWrite, 0, 4096, true))
+	trap.Remove()
+	deadline := time.Now().Add(3 * idle)
+	for time.Now().Before(deadline) {
+		if err := ReadLog(blk.NewTask(), newPart(r.crash, 0, LogSize)); errors.Is(err, ErrMissed) {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	t.Error("the log does not say that writes were missed")
+}
+
+// The disk grows: what came counts as written, the files too.
+func TestGrow(t *testing.T) {
+	r := newRig(t, plain)
+	r.disk.info.Size = size / 2
+	r.n.Over(r.disk)
+	b := r.add(block)
+	r.must(r.write(blk.OpWrite, 0, 4096, true))
+	r.disk.info.Size = size
+	r.change(func() { r.n.Over(r.disk) })
+	if bytes, _ := b.State(); bytes != block+size/2 {
+		t.Errorf("%d bytes are dirty", bytes)
+	}
+	if m := stored(t, r.crash, block)[0]; !m.All(0, 1) || !m.All(size/2, size/2) {
+		t.Error("after a crash at once something is missing")
+	}
+	r.must(r.write(blk.OpWrite, size/2-block, 4096, true))
+	r.must(r.n.Sync(blk.NewTask()))
+	if m := stored(t, r.crash, block)[0]; m.Bytes() != 2*block+size/2 {
+		t.Errorf("%d bytes are stored", m.Bytes())
+	}
+}
+
+// Regions leave the list by themselves.
+func TestIdle(t *testing.T) {
+	r := newRig(t, plain)
+	r.add(block)
+	r.must(r.write(blk.OpWrite, 0, 4096, true))
+	deadline := time.Now().Add(5 * idle)
+	for time.Now().Before(deadline) {
+		if stored(t, r.crash, block)[0].Bytes() == block {
+			return
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	t.Error("the region is still on the list")
+}
+
+// Damage counts as written, or is told.
+func TestDamage(t *testing.T) {
+	store := blktest.NewMemory(1 << 20)
+	task := blk.NewTask()
+	log, bits := newPart(store, 0, LogSize), newPart(store, LogSize, BitsSize(size, block))
+	if err := FormatLog(task, log); err != nil {
+		t.Fatal(err)
+	}
+	n, err := New(Options{Log: log})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Over(newDisk(size))
+	if _, err := n.Add(task, bits, blk.NewBitmap(size, block)); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := writeAt(task, bits, []byte{1}, 3*sector); err != nil {
+		t.Fatal(err)
+	}
+	m, err := ReadBits(task, bits, size)
+	if per := int64(64 * sectorWords * block); err != nil || m.Bytes() != per || !m.All(2*per, per) {
+		t.Errorf("a damaged sector: %v", err)
+	}
+	if _, err := ReadBits(task, bits, size/2); !errors.Is(err, ErrDamaged) {
+		t.Errorf("a smaller disk: %v", err)
+	}
+	for _, off := range []int64{8, 16, 24, 508} {
+		if err := writeAt(task, bits, []byte{0xff}, off); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := ReadBits(task, bits, size); !errors.Is(err, ErrDamaged) {
+			t.Errorf("a damaged head at %d: %v", off, err)
+		}
+	}
+	if err := writeAt(task, log, []byte{0xff}, logSlot+30); err != nil {
+		t.Fatal(err)
+	}
+	if err := ReadLog(task, log); !errors.Is(err, ErrDamaged) {
+		t.Errorf("a damaged log: %v", err)
+	}
+}
