@@ -99,7 +99,11 @@ func TestBackupFullTarget(t *testing.T) {
 	if os.Geteuid() != 0 || mount("size=16m") != nil {
 		t.Skip("no file system can be mounted here")
 	}
-	t.Cleanup(func() { exec.Command("umount", "-l", dir).Run() })
+	t.Cleanup(func() {
+		if err := exec.Command("umount", "-l", dir).Run(); err != nil {
+			t.Errorf("umount: %v", err)
+		}
+	})
 	disk0, table := filledImage(t, 48*mib)
 	disk := daemon.Disk{ID: "disk0", Image: disk0, Queues: 2}
 	d := start(t, disk)
