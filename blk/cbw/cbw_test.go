@@ -350,22 +350,22 @@ func openQcow2(t *testing.T, o qcow2.CreateOptions, backing blk.Node) blk.Node {
 // the target is what the disk was at the instant, and the disk what the guests made of it.
 func TestRace(t *testing.T) {
 	const total = 48*cluster + 4096
+	const rounds = 5
 	for name, rig := range map[string]struct {
 		source, target func(*testing.T) blk.Node
 		o              cbw.Options
-		rounds         int
 	}{
 		"raw": {
 			func(t *testing.T) blk.Node { return openRaw(t, total) },
 			func(t *testing.T) blk.Node { return openRaw(t, total) },
-			cbw.Options{Cluster: cluster, Grain: 4096, Blank: true}, 5,
+			cbw.Options{Cluster: cluster, Grain: 4096, Blank: true},
 		},
 		"qcow2": {
 			func(t *testing.T) blk.Node { return openQcow2(t, qcow2.CreateOptions{Size: total}, nil) },
 			func(t *testing.T) blk.Node {
 				return openQcow2(t, qcow2.CreateOptions{Size: total, ClusterSize: 128 << 10}, nil)
 			},
-			cbw.Options{Cluster: 2 * cluster, Grain: 2 * cluster, Blank: true}, 5,
+			cbw.Options{Cluster: 2 * cluster, Grain: 2 * cluster, Blank: true},
 		},
 		"over a base": {
 			func(t *testing.T) blk.Node { return openQcow2(t, qcow2.CreateOptions{Size: total}, nil) },
@@ -374,11 +374,11 @@ func TestRace(t *testing.T) {
 				write(t, base, 0, pattern(9, total))
 				return openQcow2(t, qcow2.CreateOptions{Size: total, ClusterSize: 4096, BackingFile: "b", BackingFormat: "raw"}, base)
 			},
-			cbw.Options{Cluster: cluster, Grain: 4096}, 5,
+			cbw.Options{Cluster: cluster, Grain: 4096},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			for range rig.rounds {
+			for range rounds {
 				race(t, rig.source(t), rig.target(t), rig.o, total)
 				if t.Failed() {
 					return

@@ -297,7 +297,7 @@ func TestTargetFails(t *testing.T) {
 			r := newRig(t)
 			r.target.Add(blktest.Rule{Ops: []blk.Op{blk.OpWrite}, After: i, Count: 2, Err: err})
 			j := r.start(nil)
-			if err == syscall.EIO {
+			if !blk.IsNoSpace(err) {
 				r.failed(j, job.StateFailed, err.Error())
 				continue
 			}
