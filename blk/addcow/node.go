@@ -6,9 +6,10 @@
 // not needed any more, and the image file is used by itself.
 //
 // The format is that of "docs: document for add-cow file format", which Dong Xu Wang sent to the QEMU mailing list, in
-// the version V19 of May 2013; V20 has the same text. It never became a part of QEMU. The text says nothing of the order
-// of writes. Image files are raw here, and both formats must be named. Header sizes other than the default are taken
-// if they are multiples of 4 KiB up to 2 MiB, and format names without a NUL, as up to V18.
+// the version V19 of May 2013, read from its author's repository; V20 names no change of it. It never became a part of
+// QEMU, and no images of others were found. The text says nothing of the order of writes. Image files are raw here, and
+// both formats must be named. Header sizes other than the default are taken if they are multiples of 4 KiB up to 2 MiB,
+// and format names without a NUL, as up to V18.
 //
 // What happens to a write, in order:
 //

@@ -116,6 +116,8 @@ func TestCopyByStreamToAddCowResumed(t *testing.T) {
 	b.must(err)
 	bitmap, err := os.ReadFile(target + ".add-cow")
 	b.must(err)
+	record, err := os.ReadFile(b.path("state/disks/a.json"))
+	b.must(err)
 	b.stop(d)
 	if r := b.record("a"); r.Image != target+".add-cow" || r.Format != image.AddCow {
 		t.Errorf("the record is %+v", r)
@@ -146,6 +148,19 @@ func TestCopyByStreamToAddCowResumed(t *testing.T) {
 		t.Errorf("found not begun: %v", j)
 	}
 	b.stop(d)
+	// The bitmap says that it is not needed, and the disk's record is still the old one.
+	bitmap[32] |= 1
+	b.must(os.WriteFile(target+".add-cow", bitmap, 0o600))
+	b.must(os.WriteFile(b.path("state/disks/a.json"), record, 0o600))
+	b.must(os.WriteFile(b.path("state/jobs/j.json"), running, 0o600))
+	b.must(os.Remove(b.path("base.raw")))
+	d, c = b.start(f)
+	b.wait(c, "j", job.StateCompleted)
+	b.holds("a", 9)
+	b.stop(d)
+	if r := b.record("a"); r.Image != target || exists(target+".add-cow") {
+		t.Errorf("the record is %+v, or the bitmap is still there", r)
+	}
 }
 
 // A copy that was cancelled leaves the disk over its source; streaming it is the rest of the copy.
