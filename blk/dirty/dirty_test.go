@@ -50,39 +50,67 @@ func (d *disk) Do(_ *blk.Task, r *blk.Request) error { return d.wrote(r) }
 func (d *disk) Children() []blk.Node                 { return nil }
 func (d *disk) Close() error                         { return nil }
 
-// part is a piece of a node: so log and files lose their power at the same time.
-type part struct {
-	blk.Node
-	off  int64
-	info blk.Info
+// storages are the log and the files, each a disk with a power cut of its own, at one and the same moment.
+type storages struct {
+	mu     sync.Mutex
+	disks  []*blktest.CrashDisk
+	points [][]int // of all disks, after each step
 }
 
-func newPart(n blk.Node, off, size int64) *part {
-	p := &part{Node: n, off: off, info: *n.Info()}
-	p.info.Size = size
-	return p
+// storage is one of them.
+type storage struct {
+	*blktest.CrashDisk
+	all *storages
 }
 
-func (p *part) Info() *blk.Info { return &p.info }
+func (s *storages) add(size int64) *storage {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	d := blktest.NewCrashDisk(size)
+	s.disks = append(s.disks, d)
+	return &storage{d, s}
+}
 
-func (p *part) Do(t *blk.Task, r *blk.Request) error {
-	q := *r
-	if r.Op != blk.OpFlush {
-		q.Off += p.off
+func (s *storage) Do(t *blk.Task, r *blk.Request) error {
+	s.all.mu.Lock()
+	defer s.all.mu.Unlock()
+	err := s.CrashDisk.Do(t, r)
+	var now []int
+	for _, d := range s.all.disks {
+		now = append(now, d.Points())
 	}
-	return blk.Do(t, p.Node, &q)
+	s.all.points = append(s.all.points, now)
+	return err
 }
 
-func (p *part) Close() error { return nil }
+func (s *storages) steps() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.points)
+}
+
+// cut is what a power cut after so many steps leaves.
+func (s *storages) cut(steps int, rng *rand.Rand) (all []blk.Node) {
+	for i, p := range s.points[steps-1] {
+		all = append(all, s.disks[i].CrashAt(p, rng))
+	}
+	return all
+}
+
+func (s *storages) now() (all []blk.Node) {
+	for _, d := range s.disks {
+		all = append(all, d)
+	}
+	return all
+}
 
 // rig is a filter over a disk, with the queues' side.
 type rig struct {
 	*testing.T
-	n     *Node
-	disk  *disk
-	store blk.Node
-	crash *blktest.CrashDisk
-	next  int64
+	n      *Node
+	disk   *disk
+	store  storages
+	faults []*blktest.Fault // over the log and the files
 
 	pause sync.RWMutex // read: a request is in flight
 	fast  sync.RWMutex // read: one that TryMap has let pass
@@ -91,17 +119,20 @@ type rig struct {
 	acked func(off, l int64)
 }
 
-func newRig(t *testing.T, over func(blk.Node) blk.Node) *rig {
+func newRig(t *testing.T) *rig {
 	t.Helper()
-	r := &rig{T: t, disk: newDisk(size), crash: blktest.NewCrashDisk(1 << 20)}
-	r.store = over(r.crash)
-	log := r.part(LogSize)
+	r := &rig{T: t, disk: newDisk(size)}
+	log := r.storage(LogSize)
 	r.must(FormatLog(blk.NewTask(), log))
 	r.start(log)
 	return r
 }
 
-func plain(n blk.Node) blk.Node { return n }
+func (r *rig) storage(size int64) blk.Node {
+	f := blktest.NewFault(r.store.add(size))
+	r.faults = append(r.faults, f)
+	return f
+}
 
 func (r *rig) start(log blk.Node) {
 	r.Helper()
@@ -130,15 +161,9 @@ func (r *rig) must(err error) {
 	}
 }
 
-func (r *rig) part(size int64) blk.Node {
-	p := newPart(r.store, r.next, size)
-	r.next += size
-	return p
-}
-
 func (r *rig) add(granularity int64) *Bitmap {
 	r.Helper()
-	b, err := r.n.Add(blk.NewTask(), r.part(BitsSize(size, granularity)), blk.NewBitmap(size, granularity))
+	b, err := r.n.Add(blk.NewTask(), r.storage(0), blk.NewBitmap(size, granularity))
 	r.must(err)
 	return b
 }
@@ -179,20 +204,18 @@ func (r *rig) change(fn func()) {
 }
 
 // stored is what a restart makes of the log and the files.
-func stored(t *testing.T, store blk.Node, granularities ...int64) []*blk.Bitmap {
+func stored(t *testing.T, from []blk.Node) []*blk.Bitmap {
 	t.Helper()
 	task := blk.NewTask()
 	var all []*blk.Bitmap
-	at := int64(LogSize)
-	for _, g := range granularities {
-		m, err := ReadBits(task, newPart(store, at, BitsSize(size, g)), size)
+	for _, f := range from[1:] {
+		m, err := ReadBits(task, f, size)
 		if err != nil {
 			t.Fatal(err)
 		}
 		all = append(all, m)
-		at += BitsSize(size, g)
 	}
-	if err := ReadLog(task, newPart(store, 0, LogSize), all...); err != nil {
+	if err := ReadLog(task, from[0], all...); err != nil {
 		t.Fatal(err)
 	}
 	return all
@@ -200,9 +223,8 @@ func stored(t *testing.T, store blk.Node, granularities ...int64) []*blk.Bitmap 
 
 // A write does not begin before its region is on the list, durably.
 func TestIntentFirst(t *testing.T) {
-	r := newRig(t, func(n blk.Node) blk.Node { return blktest.NewFault(n) })
+	r := newRig(t)
 	r.add(block)
-	fault := r.store.(*blktest.Fault)
 	var begun atomic.Bool
 	r.disk.wrote = func(*blk.Request) error {
 		begun.Store(true)
@@ -211,7 +233,7 @@ func TestIntentFirst(t *testing.T) {
 	if _, ok := r.n.TryMap(blk.OpWrite, 0, 4096); ok {
 		t.Error("the fast path, before the region is on the list")
 	}
-	trap := fault.Add(blktest.Rule{Ops: []blk.Op{blk.OpFlush}, Hold: true})
+	trap := r.faults[0].Add(blktest.Rule{Ops: []blk.Op{blk.OpFlush}, Hold: true})
 	done := make(chan error)
 	go func() { done <- r.write(blk.OpWrite, 0, 4096, true) }()
 	trap.Wait(t, 1)
@@ -228,14 +250,14 @@ func TestIntentFirst(t *testing.T) {
 	if n := testing.AllocsPerRun(1000, func() { r.n.TryMap(blk.OpWrite, 1<<20, 4096) }); n != 0 {
 		t.Errorf("%v allocations a request", n)
 	}
-	if m := stored(t, r.crash, block)[0]; !m.All(0, 1<<22) || m.Any(1<<22, size) {
+	if m := stored(t, r.store.now())[0]; !m.All(0, 1<<22) || m.Any(1<<22, size) {
 		t.Errorf("after a crash now: %d bytes", m.Bytes())
 	}
 }
 
 // A region does not leave the list while a write that began there is in flight.
 func TestRetireWaits(t *testing.T) {
-	r := newRig(t, plain)
+	r := newRig(t)
 	b := r.add(block)
 	r.must(r.write(blk.OpWrite, 0, 4096, true))
 	r.fast.RLock()
@@ -254,14 +276,15 @@ func TestRetireWaits(t *testing.T) {
 		done <- nil
 	}()
 	select {
-	case <-done:
-		t.Error("regions were retired with a write in flight")
+	case err := <-done:
+		r.must(err)
+		t.Fatal("regions were retired with a write in flight")
 	case <-time.After(50 * time.Millisecond):
 	}
 	e.Tracked.Set(block, 4096) // where nothing else is marked
 	r.fast.RUnlock()
 	r.must(<-done)
-	if m := stored(t, r.crash, block)[0]; !m.Any(block, 1) || !m.All(0, 1) {
+	if m := stored(t, r.store.now())[0]; !m.Any(block, 1) || !m.All(0, 1) {
 		t.Error("a mark is not in the file")
 	}
 	if bytes, _ := b.State(); bytes != (3*maxActive+2)*block {
@@ -284,9 +307,10 @@ func TestPowerCut(t *testing.T) {
 			t.Logf("seed %d", seed)
 		}
 	}()
-	r := newRig(t, plain)
+	r := newRig(t)
 	grans := []int64{block, 1 << 20}
 	bitmaps := []*Bitmap{r.add(grans[0]), r.add(grans[1])}
+	complete := r.store.steps()
 	var (
 		mu   sync.Mutex
 		all  [2][]acked // of both bitmaps, since they were cleared
@@ -298,7 +322,7 @@ func TestPowerCut(t *testing.T) {
 	r.acked = func(off, n int64) {
 		mu.Lock()
 		defer mu.Unlock()
-		p := r.crash.Points()
+		p := r.store.steps()
 		for i := range all {
 			all[i] = append(all[i], acked{off, n, p})
 		}
@@ -307,7 +331,7 @@ func TestPowerCut(t *testing.T) {
 		gone[i] = append(gone[i], struct {
 			list       []acked
 			begun, end int
-		}{from, begun, r.crash.Points()})
+		}{from, begun, r.store.steps()})
 	}
 	var wg sync.WaitGroup
 	for w := range 8 {
@@ -342,7 +366,7 @@ func TestPowerCut(t *testing.T) {
 				bitmaps[i].State()
 			case 1:
 				r.change(func() {
-					begun := r.crash.Points()
+					begun := r.store.steps()
 					if err := bitmaps[i].Clear(blk.NewTask()); err != nil {
 						t.Error(err)
 					}
@@ -367,7 +391,7 @@ func TestPowerCut(t *testing.T) {
 				time.Sleep(time.Duration(rng.IntN(15)) * time.Millisecond)
 				done := rng.IntN(2) == 0
 				r.change(func() {
-					begun := r.crash.Points()
+					begun := r.store.steps()
 					if err := bitmaps[i].Thaw(blk.NewTask(), done); err != nil {
 						t.Error(err)
 					}
@@ -396,11 +420,11 @@ func TestPowerCut(t *testing.T) {
 		}
 	}
 	rng := rand.New(rand.NewPCG(seed, 200))
-	points := r.crash.Points()
+	points := r.store.steps()
 	for range 100 {
 		// Not before the bitmaps were complete.
-		p := 12 + rng.IntN(points-11)
-		for i, m := range stored(t, r.crash.CrashAt(p, rng), grans...) {
+		p := complete + rng.IntN(points-complete+1)
+		for i, m := range stored(t, r.store.cut(p, rng)) {
 			check := func(l []acked, until int) {
 				for _, a := range l {
 					if a.point <= p && p <= until && !m.All(a.off, a.n) {
@@ -415,7 +439,7 @@ func TestPowerCut(t *testing.T) {
 		}
 	}
 	r.must(r.n.Sync(blk.NewTask()))
-	for i, m := range stored(t, r.crash, grans...) {
+	for i, m := range stored(t, r.store.now()) {
 		if m.Count() != bitmaps[i].Bits().Count() {
 			t.Errorf("bitmap %d: stored %d bits, want %d", i, m.Count(), bitmaps[i].Bits().Count())
 		}
@@ -425,10 +449,10 @@ func TestPowerCut(t *testing.T) {
 // The storage of the log fails: no write fails or waits, and the bitmaps say that they have missed something, also
 // after a restart.
 func TestBroken(t *testing.T) {
-	for _, what := range []blk.Op{blk.OpWrite, blk.OpFlush} {
-		r := newRig(t, func(n blk.Node) blk.Node { return blktest.NewFault(n) })
+	for i, what := range []blk.Op{blk.OpWrite, blk.OpFlush, blk.OpWrite, blk.OpFlush} {
+		r := newRig(t)
 		b := r.add(block)
-		trap := r.store.(*blktest.Fault).Add(blktest.Rule{Ops: []blk.Op{what}, After: 3, Err: syscall.ENOSPC})
+		trap := r.faults[i/2].Add(blktest.Rule{Ops: []blk.Op{what}, After: 1, Err: syscall.ENOSPC})
 		for i := range int64(400) {
 			r.must(r.write(blk.OpWrite, i<<22, 4096, i%2 == 0))
 		}
@@ -453,18 +477,18 @@ func TestBroken(t *testing.T) {
 
 // What could not be made durable at once is tried again.
 func TestBrokenLater(t *testing.T) {
-	r := newRig(t, func(n blk.Node) blk.Node { return blktest.NewFault(n) })
+	r := newRig(t)
 	r.add(block)
 	r.n.o.Broken = func(err error) error {
 		r.told.Add(1)
 		return err
 	}
-	trap := r.store.(*blktest.Fault).Add(blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Err: syscall.EIO})
+	trap := r.faults[0].Add(blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Err: syscall.EIO})
 	r.must(r.write(blk.OpWrite, 0, 4096, true))
 	trap.Remove()
 	deadline := time.Now().Add(3 * idle)
 	for time.Now().Before(deadline) {
-		if err := ReadLog(blk.NewTask(), newPart(r.crash, 0, LogSize)); errors.Is(err, ErrMissed) {
+		if err := ReadLog(blk.NewTask(), r.store.disks[0]); errors.Is(err, ErrMissed) {
 			return
 		}
 		time.Sleep(20 * time.Millisecond)
@@ -474,7 +498,7 @@ func TestBrokenLater(t *testing.T) {
 
 // The disk grows: what came counts as written, the files too.
 func TestGrow(t *testing.T) {
-	r := newRig(t, plain)
+	r := newRig(t)
 	r.disk.info.Size = size / 2
 	r.n.Over(r.disk)
 	b := r.add(block)
@@ -484,24 +508,24 @@ func TestGrow(t *testing.T) {
 	if bytes, _ := b.State(); bytes != block+size/2 {
 		t.Errorf("%d bytes are dirty", bytes)
 	}
-	if m := stored(t, r.crash, block)[0]; !m.All(0, 1) || !m.All(size/2, size/2) {
+	if m := stored(t, r.store.now())[0]; !m.All(0, 1) || !m.All(size/2, size/2) {
 		t.Error("after a crash at once something is missing")
 	}
 	r.must(r.write(blk.OpWrite, size/2-block, 4096, true))
 	r.must(r.n.Sync(blk.NewTask()))
-	if m := stored(t, r.crash, block)[0]; m.Bytes() != 2*block+size/2 {
+	if m := stored(t, r.store.now())[0]; m.Bytes() != 2*block+size/2 {
 		t.Errorf("%d bytes are stored", m.Bytes())
 	}
 }
 
 // Regions leave the list by themselves.
 func TestIdle(t *testing.T) {
-	r := newRig(t, plain)
+	r := newRig(t)
 	r.add(block)
 	r.must(r.write(blk.OpWrite, 0, 4096, true))
 	deadline := time.Now().Add(5 * idle)
 	for time.Now().Before(deadline) {
-		if stored(t, r.crash, block)[0].Bytes() == block {
+		if stored(t, r.store.now())[0].Bytes() == block {
 			return
 		}
 		time.Sleep(50 * time.Millisecond)
@@ -511,9 +535,8 @@ func TestIdle(t *testing.T) {
 
 // Damage counts as written, or is told.
 func TestDamage(t *testing.T) {
-	store := blktest.NewMemory(1 << 20)
 	task := blk.NewTask()
-	log, bits := newPart(store, 0, LogSize), newPart(store, LogSize, BitsSize(size, block))
+	log, bits := blktest.NewCrashDisk(LogSize), blktest.NewCrashDisk(0)
 	if err := FormatLog(task, log); err != nil {
 		t.Fatal(err)
 	}
@@ -528,7 +551,7 @@ func TestDamage(t *testing.T) {
 	if err := n.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := writeAt(task, bits, []byte{1}, 3*sector); err != nil {
+	if err := flip(task, bits, 3*sector); err != nil {
 		t.Fatal(err)
 	}
 	m, err := ReadBits(task, bits, size)
@@ -538,18 +561,28 @@ func TestDamage(t *testing.T) {
 	if _, err := ReadBits(task, bits, size/2); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a smaller disk: %v", err)
 	}
-	for _, off := range []int64{8, 16, 24, 508} {
-		if err := writeAt(task, bits, []byte{0xff}, off); err != nil {
+	for _, off := range []int64{8, 16, 24, 508} { // one after the other: what is wrong stays wrong
+		if err := flip(task, bits, off); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := ReadBits(task, bits, size); !errors.Is(err, ErrDamaged) {
 			t.Errorf("a damaged head at %d: %v", off, err)
 		}
 	}
-	if err := writeAt(task, log, []byte{0xff}, logSlot+30); err != nil {
+	if err := flip(task, log, logSlot+30); err != nil {
 		t.Fatal(err)
 	}
 	if err := ReadLog(task, log); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a damaged log: %v", err)
 	}
+}
+
+// flip changes a byte.
+func flip(t *blk.Task, n blk.Node, off int64) error {
+	b := make([]byte, sector)
+	if err := readAt(t, n, b, off&^(sector-1)); err != nil {
+		return err
+	}
+	b[off&(sector-1)] ^= 0xff
+	return writeAt(t, n, b, off&^(sector-1))
 }
