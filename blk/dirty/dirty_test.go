@@ -255,7 +255,7 @@ func TestRetireWaits(t *testing.T) {
 	}()
 	select {
 	case <-done:
-		t.Error("regions were retired with a write in flight")
+		t.Fatal("regions were retired with a write in flight")
 	case <-time.After(50 * time.Millisecond):
 	}
 	e.Tracked.Set(block, 4096) // where nothing else is marked

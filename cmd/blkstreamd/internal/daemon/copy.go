@@ -293,7 +293,7 @@ func notCopied(source *image.Image, base int) string {
 		if n := m.Header.SnapshotCount; n > 0 {
 			left = append(left, fmt.Sprintf("%d internal snapshots of %s", n, m.Path))
 		}
-		if n := m.Header.Bitmaps.Count; n > 0 {
+		if n := bitmapsLeft(m); n > 0 {
 			left = append(left, fmt.Sprintf("%d dirty bitmaps of %s", n, m.Path))
 		}
 	}
@@ -301,6 +301,25 @@ func notCopied(source *image.Image, base int) string {
 		return ""
 	}
 	return "not copied: " + strings.Join(left, ", ")
+}
+
+// bitmapsLeft counts the bitmaps that hold something and do not go with the disk: those that go are marked as in use in
+// the image, and others that are so hold nothing.
+func bitmapsLeft(m *image.Member) (n int) {
+	node, ok := m.Node.(*qcow2.Node)
+	if !ok {
+		return 0
+	}
+	list, err := node.Bitmaps(blk.NewTask())
+	if err != nil {
+		return int(m.Header.Bitmaps.Count)
+	}
+	for _, b := range list {
+		if !b.InUse {
+			n++
+		}
+	}
+	return n
 }
 
 func (d *Daemon) logEnd(j *job.Job, err error) {
