@@ -350,6 +350,20 @@ func TestBackupRefused(t *testing.T) {
 	b.stop(d)
 }
 
+// A disk with copy_on_read: the backup does not fill the image.
+func TestBackupReadsBelow(t *testing.T) {
+	b := newBed(t)
+	b.layered(7)
+	d, c := b.start(b.load("", b.layeredDisk("a", "top.qcow2", "copy_on_read = true")))
+	b.wait(c, b.backup(c, &control.BackupRequest{Target: b.path("t")}).Id, job.StateCompleted)
+	b.stop(d)
+	if n := b.held("top.qcow2"); n != 0 {
+		t.Errorf("the image holds %d bytes", n)
+	}
+	b.imageHolds(b.path("t"), image.Qcow2, 7)
+	b.sound(b.path("t"))
+}
+
 // A disk whose image is locked while it is used only, and one that is read-only.
 func TestBackupOfOtherDisks(t *testing.T) {
 	b := newBed(t)
