@@ -93,8 +93,9 @@ bench: setup ## the table beside qemu-storage-daemon and dd, as ratios (30 minut
 demo: setup build ## copy the disk of a running guest, and switch it
 	$(GO) run ./test/demo
 
-soak: setup ## crash the daemon under a guest, again and again, for SOAKTIME (default 10m)
+soak: setup ## crash the daemon under a guest, and random lists of jobs and crashes, for SOAKTIME (default 10m) each
 	BLKSTREAM_SOAK=$(SOAKTIME) $(GO) test -count=1 -timeout 0 -v -run '^TestKillUnderLoad$$' ./test/e2e
+	BLKSTREAM_SOAK=$(SOAKTIME) $(GO) test -count=1 -timeout 0 -run '^TestJobs$$' ./test/meta
 
 clean: ## remove what was built and downloaded
 	rm -rf bin .cache

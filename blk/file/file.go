@@ -44,9 +44,13 @@ type Node struct {
 	warnings []string
 	closed   atomic.Bool
 
-	device  bool
-	sector  int64 // unit of fallocate, bytes: a block device's sector, 1 for a regular file
+	device bool
+	// sector is the unit of fallocate, bytes: a block device's sector, 1 for a regular file. With direct I/O it is the file
+	// system's block: it zeroes parts of blocks through the page cache, and a direct write that meets such a page makes the
+	// kernel say EIO to the next flush.
+	sector  int64
 	promise int64 // Options.Align
+	grows   bool  // Options.Grows
 
 	// blocks is taken, if shared, for the aligned envelope of every change: blocks of the storage are larger than
 	// what users write, so two of them may meet in one.
@@ -81,6 +85,7 @@ func Open(path string, o Options) (*Node, error) {
 		host:    blk.HostFile{Fd: fd, Path: path, MemAlign: 1, OffAlign: 1, NoSync: o.NoSync},
 		sector:  1,
 		promise: max(o.Align, 1),
+		grows:   o.Grows,
 	}
 	if err := n.setup(o); err != nil {
 		return nil, errors.Join(err, closeHost(fd))
@@ -116,13 +121,6 @@ func (n *Node) setup(o Options) error {
 	} else {
 		n.host.Inline = inMemory(n.host.Fd)
 	}
-	if o.Direct && !o.ReadOnly {
-		// What others wrote through the page cache, as whoever made the image. A direct write that meets the writeback of
-		// a page beside it makes the kernel say EIO to the next flush.
-		if err := fsync(n.host.Fd); err != nil {
-			return fmt.Errorf("open image %q for direct I/O: %w", path, err)
-		}
-	}
 	if o.Direct {
 		mem, off, err := setDirect(n.host.Fd, size, sector, o.Grows)
 		var no errNoDirect
@@ -133,10 +131,13 @@ func (n *Node) setup(o Options) error {
 			return fmt.Errorf("open image %q for direct I/O: %w", path, err)
 		default:
 			n.host.Direct, n.host.MemAlign, n.host.OffAlign = true, int(mem), int(off)
+			if !n.device {
+				n.sector = blockSize(n.host.Fd)
+			}
 		}
 	}
 	if o.Grows && !n.device {
-		whole := up(size, max(blk.SectorSize, int64(n.host.OffAlign)))
+		whole := up(size, max(blk.SectorSize, int64(n.host.OffAlign), n.sector))
 		if whole != size && !o.ReadOnly {
 			if err := truncate(n.host.Fd, whole); err != nil {
 				return fmt.Errorf("make image %q %d bytes long: %w", path, whole, err)
@@ -415,7 +416,11 @@ func (n *Node) Resize(t *blk.Task, size int64, shrink bool) error {
 	case size < in.Size && !shrink:
 		return fmt.Errorf("resize %q to %d bytes, less than the %d it has: %w", in.Name, size, in.Size, blk.ErrInvalid)
 	}
-	if err := t.Off(func() error { return truncate(n.host.Fd, size) }); err != nil {
+	length := size
+	if n.grows { // whole blocks: the file system zeroes the rest of one through the page cache; see sector
+		length = up(size, n.sector)
+	}
+	if err := t.Off(func() error { return truncate(n.host.Fd, length) }); err != nil {
 		return fmt.Errorf("resize %q to %d bytes: %w", in.Name, size, err)
 	}
 	in.Size = size

@@ -94,6 +94,16 @@ func inMemory(fd int) bool {
 	return err == nil && (fs.Type == unix.TMPFS_MAGIC || fs.Type == unix.RAMFS_MAGIC)
 }
 
+// blockSize is the file system's, in bytes; one that is unlikely to be too small if it does not say.
+func blockSize(fd int) int64 {
+	const usual = 4096
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(fd, &fs); err != nil || fs.Bsize < usual || fs.Bsize > maxPiece || fs.Bsize&(fs.Bsize-1) != 0 {
+		return usual
+	}
+	return fs.Bsize
+}
+
 // errNoDirect says why there is no direct I/O.
 type errNoDirect string
 

@@ -475,7 +475,6 @@ func (m *machine) holds(at int, left map[string]*blktest.CrashDisk, f fixed) {
 }
 
 func TestSnapshot(t *testing.T) {
-	t.Parallel()
 	m := newMachine(t, 2, image.Raw)
 	for i := range 2 {
 		m.guest(25)
@@ -510,7 +509,6 @@ func TestStream(t *testing.T) {
 		format string
 	}{{"whole", 4, image.Raw}, {"base", 2, image.Raw}, {"qcow2 base", 3, image.Qcow2}} {
 		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
 			m := newMachine(t, 4, c.format)
 			m.guest(10)
 			var gone []*image.Member
@@ -546,7 +544,6 @@ func TestCommit(t *testing.T) {
 		format    string
 	}{{"second", 1, 3, image.Raw}, {"third", 2, 4, image.Qcow2}, {"in the middle", 2, 3, image.Raw}} {
 		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
 			m := newMachine(t, 5, c.format)
 			m.guest(10)
 			w, err := image.OpenMerge(blk.NewTask(), m.img, c.top, c.base, m.options())
@@ -578,7 +575,6 @@ func TestCommitActive(t *testing.T) {
 		format string
 	}{{"raw", 3, image.Raw}, {"qcow2", 1, image.Qcow2}, {"several", 2, image.Raw}} {
 		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
 			m := newMachine(t, 4, c.format)
 			m.guest(10)
 			base := m.img.Chain[c.base]
@@ -602,7 +598,6 @@ func TestCommitActive(t *testing.T) {
 func TestCopy(t *testing.T) {
 	for _, format := range []string{image.Raw, image.Qcow2} {
 		t.Run(format, func(t *testing.T) {
-			t.Parallel()
 			m := newMachine(t, 2, image.Raw)
 			m.guest(10)
 			to := layer{filepath.Join(m.dir, "target"), format}
