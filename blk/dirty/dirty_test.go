@@ -91,6 +91,8 @@ func (s *storages) steps() int {
 
 // cut is what a power cut after so many steps leaves.
 func (s *storages) cut(steps int, rng *rand.Rand) (all []blk.Node) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for i, p := range s.points[steps-1] {
 		all = append(all, s.disks[i].CrashAt(p, rng))
 	}
