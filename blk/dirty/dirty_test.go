@@ -91,6 +91,8 @@ func (s *storages) steps() int {
 
 // cut is what a power cut after so many steps leaves.
 func (s *storages) cut(steps int, rng *rand.Rand) (all []blk.Node) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for i, p := range s.points[steps-1] {
 		all = append(all, s.disks[i].CrashAt(p, rng))
 	}
@@ -585,4 +587,43 @@ func flip(t *blk.Task, n blk.Node, off int64) error {
 	}
 	b[off&(sector-1)] ^= 0xff
 	return writeAt(t, n, b, off&^(sector-1))
+}
+
+// What the files have needs no region on the list, until a bitmap forgets it.
+func TestStable(t *testing.T) {
+	r := newRig(t)
+	b := r.add(block)
+	r.must(r.write(blk.OpWrite, 0, 4096, true))
+	r.must(r.n.Sync(blk.NewTask()))
+	mapped := func() bool {
+		_, ok := r.n.TryMap(blk.OpWrite, 0, 4096)
+		return ok
+	}
+	if !mapped() {
+		t.Error("no fast path to a block that the file has")
+	}
+	r.change(func() { r.must(b.Clear(blk.NewTask())) })
+	if mapped() {
+		t.Error("the fast path to a block that the file has no more")
+	}
+}
+
+// Until a backup is done, what it has counts after a crash.
+func TestFrozenIsStored(t *testing.T) {
+	r := newRig(t)
+	b := r.add(block)
+	r.must(r.write(blk.OpWrite, 0, 4096, true))
+	r.change(func() {
+		_, err := b.Freeze()
+		r.must(err)
+	})
+	r.must(r.write(blk.OpWrite, block, 4096, true))
+	r.must(r.n.Sync(blk.NewTask()))
+	if m := stored(t, r.store.now())[0]; !m.All(0, 2*block) || m.Count() != 2 {
+		t.Errorf("%d blocks are stored during a backup", m.Count())
+	}
+	r.change(func() { r.must(b.Thaw(blk.NewTask(), true)) })
+	if m := b.Bits(); m.Count() != 1 || !m.Any(block, 1) {
+		t.Errorf("%d blocks are left after a backup", m.Count())
+	}
 }
