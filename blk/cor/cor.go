@@ -22,7 +22,7 @@ import (
 )
 
 // maxPiece bounds what is copied at a time, in bytes, unless one cluster is larger.
-const maxPiece = 1 << 20
+const maxPiece = 4 << 20
 
 // Node is the filter.
 type Node struct {

@@ -36,7 +36,8 @@ const (
 	window   = 20 * time.Millisecond // of copying
 	minRest  = 5 * time.Millisecond
 	fullMost = 8       // pieces at a time while the guest is idle
-	fullSize = 1 << 20 // and their size, bytes
+	fullSize = 1 << 20 // and their size when it has just become so, or does not mind, bytes
+	idleSize = 4 << 20 // what that grows to: the first request after a pause waits for them
 	minPiece = 64 << 10
 	idleFor  = 10 // windows without guest I/O until it counts as idle
 )
@@ -142,7 +143,7 @@ func (p *Pacer) setActive(active bool, worst time.Duration) {
 	p.change(func() {
 		switch {
 		case !active:
-			p.most, p.piece = fullMost, fullSize
+			p.most, p.piece = fullMost, min(max(p.piece+fullSize/4, fullSize), idleSize)
 		case !p.active:
 			p.most, p.piece = 2, 4*minPiece
 		case worst > slowest:
