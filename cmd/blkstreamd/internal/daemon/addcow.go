@@ -24,7 +24,7 @@ import (
 // goes on after that, or is done, is told by which of them the disk is on.
 
 // bitmapDir is where the bitmaps of devices are.
-func (d *Daemon) bitmapDir() string { return filepath.Join(d.file.Daemon.StateDir, "add-cow") }
+func (d *Daemon) bitmapDir() string { return d.file.Daemon.BitmapDir() }
 
 // bitmapName is where the bitmap of a job's target is: beside a file. Beside a device it would not outlive the host.
 func (d *Daemon) bitmapName(r job.Record) string {

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -250,10 +249,7 @@ func layers(backing []config.Layer) (all []image.Layer) {
 }
 
 func (d *Daemon) checkRoots(path string) error {
-	if filepath.Dir(path) == d.bitmapDir() {
-		return nil
-	}
-	if err := config.CheckRoots(path, d.file.Daemon.ImageRoots); err != nil {
+	if err := d.file.Daemon.CheckRoots(path); err != nil {
 		return control.Errorf(control.ErrInvalid, "%w", err)
 	}
 	return nil
