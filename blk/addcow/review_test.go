@@ -75,3 +75,72 @@ func TestFlushAfterFailedCopy(t *testing.T) {
 	flush(t, f)
 	must(t, n.Finish(blk.NewTask()))
 }
+
+// The process dies without a flush after each of its requests: what was acknowledged is there. Requests fail, of each of
+// the files; what a failed one has changed is what it was to write, or nothing.
+func TestDiesAtAnyTime(t *testing.T) {
+	const size, cluster = 40*4096 + 1536, 4096
+	for range 20 {
+		rng := seeded(t)
+		base := random(rng, size-5*4096-512)
+		storage, img, backing := blktest.NewMemory(0), memory(t, stale(size)), blktest.NewFault(memory(t, base))
+		create(t, storage, size, cluster)
+		fs, fi := blktest.NewFault(storage), blktest.NewFault(img)
+		n := open(t, fs, addcow.Options{Image: fi, Backing: backing})
+		f := cor.New(n, cluster, func(error) {})
+		want := shown(base, size)
+		may := make([][4]uint64, size) // the values that may be there after the death
+		allow := func(i int, v byte) { may[i][v>>6] |= 1 << (v & 63) }
+		for i, v := range want {
+			allow(i, v)
+		}
+		for range 60 {
+			target := []*blktest.Fault{fs, fi, backing}[rng.IntN(3)]
+			op := []blk.Op{blk.OpWrite, blk.OpFlush, blk.OpRead, blk.OpWriteZeroes}[rng.IntN(4)]
+			var rule *blktest.Trap
+			if rng.IntN(2) == 0 {
+				rule = target.Add(blktest.Rule{Ops: []blk.Op{op}, Err: syscall.EIO})
+			}
+			off := rng.Int64N(size/512) * 512
+			l := min(512*(1+rng.Int64N(30)), size-off)
+			data := random(rng, l)
+			r := writeOf(off, data)
+			if rng.IntN(3) == 0 {
+				r.Flags = blk.FUA
+			}
+			after := bytes.Clone(want)
+			copy(after[off:], data)
+			switch rng.IntN(4) {
+			case 0:
+				r = &blk.Request{Op: blk.OpWriteZeroes, Flags: r.Flags, Off: off, Len: l}
+				clear(after[off : off+l])
+			case 1:
+				r = &blk.Request{Op: blk.OpRead, Off: off, Len: l, Data: blk.BytesVec(nil, make([]byte, l))}
+				copy(after, want)
+			}
+			err := blk.Do(blk.NewTask(), f, r)
+			if rule != nil {
+				rule.Remove()
+			}
+			for i := off; i < off+l; i++ {
+				if err == nil && r.Op != blk.OpRead {
+					may[i] = [4]uint64{}
+				}
+				allow(int(i), after[i])
+			}
+			got := contents(t, f)
+			for i := range got {
+				in := int64(i) >= off && int64(i) < off+l
+				if got[i] != after[i] && (!in || err == nil || got[i] != want[i]) {
+					t.Fatalf("%v at %d+%d, %v: byte %d is %#x, want %#x", r.Op, off, l, err, i, got[i], after[i])
+				}
+			}
+			want = got // from now on
+			for i, v := range contents(t, open(t, storage, addcow.Options{Image: img, Backing: memory(t, base), ReadOnly: true})) {
+				if may[i][v>>6]&(1<<(v&63)) == 0 {
+					t.Fatalf("after %v at %d+%d, %v: byte %d is %#x, want %#x", r.Op, off, l, err, i, v, want[i])
+				}
+			}
+		}
+	}
+}
