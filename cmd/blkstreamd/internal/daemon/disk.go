@@ -100,6 +100,10 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 		// Under the wrong format the guest would read the right one's metadata, and overwrite it.
 		return fmt.Errorf("%s:%d: disk %q was moved to %s, which is %s, but the configuration says %s: write format = %q",
 			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, r.Format, spec.Format, r.Format)
+	case found && r.Format == image.AddCow && isPartOf(spec.Image, r.Image):
+		// Nobody has streamed it yet. As a raw image it shows old contents where the rest would have come.
+		return fmt.Errorf("%s:%d: disk %q is on %s, and %s does not hold all of it yet: write image = %q and format = %q, and stream the disk first",
+			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, spec.Image, r.Image, r.Format)
 	default:
 		r = record{Image: spec.Image, Format: spec.Format, CacheOff: r.CacheOff, CopyOnRead: r.CopyOnRead}
 		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {

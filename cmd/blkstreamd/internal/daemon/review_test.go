@@ -5,8 +5,11 @@ package daemon
 import (
 	"bytes"
 	"fmt"
+	"math/rand/v2"
 	"os"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/blk/qcow2"
@@ -132,4 +135,112 @@ func TestCopyByStreamToAddCowInUse(t *testing.T) {
 			b.must(os.Remove(to))
 		}
 	}
+}
+
+// A chain of QEMU's with compressed and zero clusters, of which the last image is short, goes to a larger file with old
+// contents while a guest writes and discards; the daemon dies once in between.
+func TestCopyByStreamToAddCowOfChain(t *testing.T) {
+	b := newBed(t)
+	start := uint64(time.Now().UnixNano())
+	t.Log("seed", start)
+	rng := rand.New(rand.NewPCG(start, 1))
+	seed := make([]byte, 3<<20-1536)
+	for i := range seed {
+		seed[i] = byte(1 + i/700%250)
+	}
+	b.must(os.WriteFile(b.path("seed"), seed, 0o600))
+	b.qemu("qemu-img", "convert", "-q", "-c", "-f", "raw", "-O", "qcow2", b.path("seed"), b.path("base.qcow2"))
+	b.qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", b.path("base.qcow2"), "-F", "qcow2", b.path("mid.qcow2"), fmt.Sprint(diskSize-512))
+	b.qemu("qemu-io", "-f", "qcow2", "-c", "write -z 128k 192k", "-c", "write -P 0xaa 1000k 100k", "-c", "write -P 0xbb 3500k 64k", b.path("mid.qcow2"))
+	b.qemu("qemu-img", "dd", "-f", "qcow2", "-O", "raw", "if="+b.path("mid.qcow2"), "of="+b.path("model"), "bs=512")
+	want, err := os.ReadFile(b.path("model"))
+	b.must(err)
+	size := diskSize + 31*512
+	want = append(want, make([]byte, size-len(want))...)
+	target := b.stale("target.raw", size)
+	f := b.load("", b.layeredDisk("a", "mid.qcow2", "copy_on_read = true", "discard = true"))
+	d, c := b.start(f)
+	req := toAddCow(target)
+	req.Speed = 256 << 10
+	_, err = c.Copy(b.Context(), req)
+	b.must(err)
+	play := func() {
+		g := b.guest("a")
+		defer g.Close()
+		for range 60 {
+			off := rng.Int64N(int64(size/512)) * 512
+			n := min(512*(1+rng.Int64N(200)), int64(size)-off)
+			switch rng.IntN(5) {
+			case 0, 1:
+				p := bytes.Repeat([]byte{byte(rng.IntN(256))}, int(n))
+				_, err := g.WriteAt(p, off)
+				b.must(err)
+				copy(want[off:], p)
+			case 2:
+				b.must(g.WriteZeroes(off, n, rng.IntN(2) == 0))
+				clear(want[off : off+n])
+			case 3:
+				b.must(g.Discard(off, n))
+				_, err := g.ReadAt(want[off:off+n], off) // the old contents or zeros
+				b.must(err)
+			case 4:
+				p := make([]byte, n)
+				_, err := g.ReadAt(p, off)
+				b.must(err)
+				if !bytes.Equal(p, want[off:off+n]) {
+					t.Errorf("the guest reads something else at %d+%d", off, n)
+				}
+			}
+		}
+	}
+	play()
+	_, err = c.JobPause(b.Context(), &control.JobPauseRequest{Id: "j"})
+	b.must(err)
+	play()
+	time.Sleep(50 * time.Millisecond)
+	b.crash(d)
+	d, c = b.start(f)
+	play()
+	_, err = c.JobSpeed(b.Context(), &control.JobSpeedRequest{Id: "j", Speed: 0})
+	b.must(err)
+	_, err = c.JobResume(b.Context(), &control.JobResumeRequest{Id: "j"})
+	b.must(err)
+	play()
+	b.wait(c, "j", job.StateCompleted)
+	play()
+	b.stop(d)
+	got, err := os.ReadFile(target)
+	b.must(err)
+	if !bytes.Equal(got, want) {
+		t.Error("the target is not the disk")
+	}
+}
+
+// The configuration names the image file before that holds the disk: once the daemon has seen the add-cow image there, no
+// record of a move warns of it.
+func TestAddCowImageFileConfiguredTooEarly(t *testing.T) {
+	b := newBed(t)
+	b.holey()
+	target := b.path("target.raw")
+	d, c := b.start(b.load("", b.disk("a", b.path("base.raw"))))
+	req := toAddCow(target)
+	req.Speed = 1
+	_, err := c.Copy(b.Context(), req)
+	b.must(err)
+	b.write("a", 9)
+	b.stop(d)
+	both := b.load("", strings.Replace(b.disk("a", target+".add-cow"), `"raw"`, `"add-cow"`, 1))
+	d, c = b.start(both)
+	b.stop(d)
+	early := b.load("", b.disk("a", target))
+	b.refused(early, "does not hold all of it yet", target+".add-cow")
+	d, c = b.start(b.load("", strings.Replace(b.disk("a", target+".add-cow"), `"raw"`, `"add-cow"`, 1)))
+	b.holds("a", 9)
+	_, err = c.JobSpeed(b.Context(), &control.JobSpeedRequest{Id: "j", Speed: 0})
+	b.must(err)
+	b.wait(c, "j", job.StateCompleted)
+	b.stop(d)
+	d, _ = b.start(b.load("", b.disk("a", target)))
+	b.holds("a", 9)
+	b.stop(d)
 }
