@@ -230,7 +230,7 @@ func TestAddCowImageFileConfiguredTooEarly(t *testing.T) {
 	b.write("a", 9)
 	b.stop(d)
 	both := b.load("", strings.Replace(b.disk("a", target+".add-cow"), `"raw"`, `"add-cow"`, 1))
-	d, c = b.start(both)
+	d, _ = b.start(both)
 	b.stop(d)
 	early := b.load("", b.disk("a", target))
 	b.refused(early, "does not hold all of it yet", target+".add-cow")
