@@ -108,7 +108,7 @@ func (t *table) disk(daemon *Daemon, sockets map[string]string, imageLines map[s
 	}
 	sockets[disk.Socket] = t.label
 	if len(t.bad) == 0 {
-		if err := CheckRoots(disk.Image, daemon.ImageRoots); err != nil {
+		if err := daemon.CheckRoots(disk.Image); err != nil {
 			t.errorf("image", "%v", err)
 		}
 	}

@@ -224,6 +224,18 @@ func checkSocketPath(p *problems, key, path string) {
 	}
 }
 
+// BitmapDir is where the bitmaps of devices are, which the daemon makes.
+func (d *Daemon) BitmapDir() string { return filepath.Join(d.StateDir, "add-cow") }
+
+// CheckRoots says whether the daemon may open the image at path: one under its
+// image roots, or a bitmap of its own, which a disk may be on.
+func (d *Daemon) CheckRoots(path string) error {
+	if filepath.Dir(path) == d.BitmapDir() {
+		return nil
+	}
+	return CheckRoots(path, d.ImageRoots)
+}
+
 // CheckRoots says whether the file at path lies under one of roots, with all
 // symbolic links resolved on both sides; no roots permit everything. A path
 // that does not exist yet is judged by its directory, and a link that leads

@@ -180,7 +180,9 @@ func (b *bitmap) clean() bool {
 	return true
 }
 
-// sync makes everything durable that has been stored, and stores again what failed.
+// sync makes everything durable that has been stored, and stores again what failed. That takes back bits that nobody was
+// promised. A file without room has not changed, so they can stay for the next time: the guest's flush does not fail
+// because a copy of a job had no room.
 func (b *bitmap) sync(t *blk.Task) error {
 	if b.clean() {
 		return nil
@@ -188,7 +190,7 @@ func (b *bitmap) sync(t *blk.Task) error {
 	unlock := b.storing.lock(t)
 	err := b.storeLocked(t)
 	unlock()
-	if err != nil {
+	if err != nil && !blk.IsNoSpace(err) {
 		return fmt.Errorf("write the bitmap: %w", err)
 	}
 	seq := b.written.Load()

@@ -46,7 +46,11 @@ func Create(ctx context.Context, path string, o CreateOptions) (err error) {
 			return err
 		}
 	}
-	if err := o.complete(t, path); err != nil {
+	behind, err := o.complete(t, path)
+	if err == nil && o.Existing {
+		err = o.distinct(path, behind)
+	}
+	if err != nil {
 		return fmt.Errorf("create image %q: %w", path, err)
 	}
 	var made []string
@@ -80,10 +84,10 @@ func Create(ctx context.Context, path string, o CreateOptions) (err error) {
 	return flush(t, f)
 }
 
-// complete checks the options and finds out the size.
-func (o *CreateOptions) complete(t *blk.Task, path string) error {
+// complete checks the options and finds out the size. It returns the files behind the image, as far as they are looked at.
+func (o *CreateOptions) complete(t *blk.Task, path string) (behind []string, err error) {
 	if o.ImageFile != "" && o.Format != AddCow {
-		return fmt.Errorf("an image file is a property of add-cow images: %w", blk.ErrInvalid)
+		return nil, fmt.Errorf("an image file is a property of add-cow images: %w", blk.ErrInvalid)
 	}
 	switch o.Format {
 	case Qcow2:
@@ -91,61 +95,94 @@ func (o *CreateOptions) complete(t *blk.Task, path string) error {
 		q := qcow2.CreateOptions{Size: o.Size, BackingFile: o.BackingFile, BackingFormat: o.BackingFormat, ClusterSize: o.ClusterSize}
 		switch {
 		case q != o.CreateOptions:
-			return fmt.Errorf("an add-cow image has no other properties than its files and the size of clusters: %w", blk.ErrInvalid)
+			return nil, fmt.Errorf("an add-cow image has no other properties than its files and the size of clusters: %w", blk.ErrInvalid)
 		case o.ImageFile == "":
-			return fmt.Errorf("an add-cow image needs an image file for its data: %w", blk.ErrInvalid)
+			return nil, fmt.Errorf("an add-cow image needs an image file for its data: %w", blk.ErrInvalid)
 		case o.BackingFile == "":
-			return fmt.Errorf("an add-cow image without a backing file is of no use: take the raw image by itself: %w", blk.ErrInvalid)
+			return nil, fmt.Errorf("an add-cow image without a backing file is of no use: take the raw image by itself: %w", blk.ErrInvalid)
 		}
 	case Raw:
 		q := o.CreateOptions
 		q.Size, q.Preallocation = 0, ""
 		if q != (qcow2.CreateOptions{}) {
-			return fmt.Errorf("a raw image has no other properties than its size and preallocation: %w", blk.ErrInvalid)
+			return nil, fmt.Errorf("a raw image has no other properties than its size and preallocation: %w", blk.ErrInvalid)
 		}
 	default:
-		return fmt.Errorf("%q: %w (there are raw, qcow2 and add-cow)", o.Format, ErrFormat)
+		return nil, fmt.Errorf("%q: %w (there are raw, qcow2 and add-cow)", o.Format, ErrFormat)
 	}
 	if o.BackingFile == "" && o.BackingFormat != "" {
-		return fmt.Errorf("a backing format without a backing file: %w", blk.ErrInvalid)
+		return nil, fmt.Errorf("a backing format without a backing file: %w", blk.ErrInvalid)
 	}
 	if o.BackingFile != "" && !o.Unopened {
-		size, err := o.backingSize(t, path)
-		if err != nil {
-			return err
+		var size int64
+		if size, behind, err = o.backing(t, path); err != nil {
+			return nil, err
 		}
 		if o.Size < 0 {
 			o.Size = size
 		}
 	}
 	if o.Size < 0 {
-		return fmt.Errorf("no size is given: %w", blk.ErrInvalid)
+		return nil, fmt.Errorf("no size is given: %w", blk.ErrInvalid)
 	}
 	if o.Size > maxSize {
-		return fmt.Errorf("a size of %d bytes, more than %d: %w", o.Size, int64(maxSize), blk.ErrInvalid)
+		return nil, fmt.Errorf("a size of %d bytes, more than %d: %w", o.Size, int64(maxSize), blk.ErrInvalid)
 	}
 	o.Size = roundUp(o.Size, blk.SectorSize)
-	return nil
+	return behind, nil
 }
 
 // maxSize is what fits a file's offset, in whole sectors.
 const maxSize = 1<<63 - blk.SectorSize
 
-// backingSize opens the whole chain once: a name or format that does not fit shows now and not when a guest starts.
-func (o *CreateOptions) backingSize(t *blk.Task, path string) (int64, error) {
+// backing opens the whole chain once: a name or format that does not fit shows now and not when a guest starts. It
+// returns the size and the files.
+func (o *CreateOptions) backing(t *blk.Task, path string) (size int64, files []string, err error) {
 	resolved, err := Resolve(path, o.BackingFile)
 	if err != nil {
-		return 0, fmt.Errorf("backing file %w", err)
+		return 0, nil, fmt.Errorf("backing file %w", err)
 	}
 	if o.BackingFormat == "" {
-		return 0, fmt.Errorf("backing file %q has no format given, and %w", o.BackingFile, ErrNoFormat)
+		return 0, nil, fmt.Errorf("backing file %q has no format given, and %w", o.BackingFile, ErrNoFormat)
 	}
 	b, err := Open(t, resolved, o.BackingFormat, Options{ReadOnly: true, Check: o.Check})
 	if err != nil {
-		return 0, err
+		return 0, nil, err
 	}
-	size := b.Root.Info().Size
-	return size, b.Close()
+	for _, m := range b.Chain {
+		files = append(files, m.Path)
+		if m.DataFile != "" {
+			files = append(files, m.DataFile)
+		}
+	}
+	size = b.Root.Info().Size
+	return size, files, b.Close()
+}
+
+// distinct refuses files of which one is another one. What is there already is emptied, so this comes before.
+func (o *CreateOptions) distinct(path string, behind []string) error {
+	names := []string{o.ImageFile, o.DataFile}
+	if o.Unopened {
+		names = append(names, o.BackingFile)
+	}
+	files := append([]string{path}, behind...)
+	for _, name := range names {
+		if name == "" {
+			continue
+		}
+		f, err := Resolve(path, name)
+		if err != nil {
+			return err
+		}
+		files = append(files, f)
+	}
+	seen := &identities{}
+	for _, f := range files {
+		if err := seen.add(f); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 // storage opens the empty file that becomes the image, made now or by someone else.

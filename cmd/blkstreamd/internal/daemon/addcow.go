@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/blkstream/blkstream/blk/file"
+	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/copy/job"
 )
 
@@ -24,7 +25,7 @@ import (
 // goes on after that, or is done, is told by which of them the disk is on.
 
 // bitmapDir is where the bitmaps of devices are.
-func (d *Daemon) bitmapDir() string { return filepath.Join(d.file.Daemon.StateDir, "add-cow") }
+func (d *Daemon) bitmapDir() string { return d.file.Daemon.BitmapDir() }
 
 // bitmapName is where the bitmap of a job's target is: beside a file. Beside a device it would not outlive the host.
 func (d *Daemon) bitmapName(r job.Record) string {
@@ -64,4 +65,18 @@ func (k *disk) removeBitmap(path, imageFile string) error {
 func (k *disk) isOn(path string) bool {
 	first := k.image().Chain[0]
 	return first.Path == path || first.AddCow != nil && first.DataFile == path
+}
+
+// isPartOf reports whether path is the image file of an add-cow image that needs more than that.
+func isPartOf(path, addCow string) bool {
+	all, err := image.Describe(addCow, image.AddCow, false, image.Options{Unlocked: true})
+	if err != nil {
+		return false // it is gone
+	}
+	a, ok := all[0].Specific.Data.(*image.AddCowInfo)
+	if !ok || a.AllAllocated {
+		return false
+	}
+	file, err := image.Resolve(addCow, a.ImageFile)
+	return err == nil && sameFile(file, path)
 }

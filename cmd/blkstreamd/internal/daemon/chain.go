@@ -36,7 +36,11 @@ func (s *service) chain(k *disk) []*control.ChainImage {
 	}
 	for _, j := range s.d.jobs.List() {
 		if r := j.Record(); r.Disk == k.spec.ID && !job.Ended(r.State) {
-			addJob(all, r)
+			into := r.Target
+			if len(members) > 0 && members[0].AddCow != nil && members[0].DataFile == into {
+				into = members[0].Path
+			}
+			addJob(all, r, into)
 		}
 	}
 	return all
@@ -58,9 +62,9 @@ func allocated(m *image.Member) int64 {
 	return n
 }
 
-// addJob says what a job does with each image. It works on those from the first one, or that of the middle of the
-// chain where a commit begins, up to its base or target.
-func addJob(chain []*control.ChainImage, r job.Record) {
+// addJob says what a job does with each image; into is the one that it copies to. It works on those from the first one,
+// or that of the middle of the chain where a commit begins, up to its base or target.
+func addJob(chain []*control.ChainImage, r job.Record, into string) {
 	place := func(path string) int {
 		for _, same := range []func(a, b string) bool{func(a, b string) bool { return a == b }, sameFile} {
 			if i := slices.IndexFunc(chain, func(c *control.ChainImage) bool { return same(c.Image, path) }); i >= 0 {
@@ -74,7 +78,7 @@ func addJob(chain []*control.ChainImage, r job.Record) {
 			chain[i].Jobs = append(chain[i].Jobs, &control.ChainJob{Id: r.ID, Kind: r.Kind, Role: role, Target: r.Target})
 		}
 	}
-	from, to, target := 0, len(chain), place(r.Target)
+	from, to, target := 0, len(chain), place(into)
 	if r.Base != "" {
 		to = place(r.Base)
 	}

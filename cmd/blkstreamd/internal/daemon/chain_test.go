@@ -99,7 +99,7 @@ func TestChainJobs(t *testing.T) {
 		for i := range 6 {
 			chain = append(chain, &control.ChainImage{Image: fmt.Sprint(i)})
 		}
-		addJob(chain, c.r)
+		addJob(chain, c.r, c.r.Target)
 		got := ""
 		for _, m := range chain {
 			role := "-"

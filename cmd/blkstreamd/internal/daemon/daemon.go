@@ -68,7 +68,7 @@ func Check(file *config.File) error {
 func checkDisk(file *config.File, d *config.Disk) error {
 	img, err := image.Open(blk.NewTask(), d.Image, d.Format, image.Options{
 		ReadOnly: true, Unlocked: true, Backing: layers(d.Backing),
-		Check: func(path string) error { return config.CheckRoots(path, file.Daemon.ImageRoots) },
+		Check: file.Daemon.CheckRoots,
 	})
 	if err != nil {
 		return err

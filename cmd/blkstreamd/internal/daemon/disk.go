@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -101,6 +100,10 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 		// Under the wrong format the guest would read the right one's metadata, and overwrite it.
 		return fmt.Errorf("%s:%d: disk %q was moved to %s, which is %s, but the configuration says %s: write format = %q",
 			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, r.Format, spec.Format, r.Format)
+	case found && r.Format == image.AddCow && isPartOf(spec.Image, r.Image):
+		// Nobody has streamed it yet. As a raw image it shows old contents where the rest would have come.
+		return fmt.Errorf("%s:%d: disk %q is on %s, and %s does not hold all of it yet: write image = %q and format = %q, and stream the disk first",
+			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, spec.Image, r.Image, r.Format)
 	default:
 		r = record{Image: spec.Image, Format: spec.Format, CacheOff: r.CacheOff, CopyOnRead: r.CopyOnRead}
 		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
@@ -250,10 +253,7 @@ func layers(backing []config.Layer) (all []image.Layer) {
 }
 
 func (d *Daemon) checkRoots(path string) error {
-	if filepath.Dir(path) == d.bitmapDir() {
-		return nil
-	}
-	if err := config.CheckRoots(path, d.file.Daemon.ImageRoots); err != nil {
+	if err := d.file.Daemon.CheckRoots(path); err != nil {
 		return control.Errorf(control.ErrInvalid, "%w", err)
 	}
 	return nil
