@@ -26,8 +26,12 @@ func (b *bench) streams() error {
 			return err
 		}
 	}
-	if b.only.MatchString("copy stream") {
-		return b.switchFirst()
+	for _, format := range []string{"qcow2", "add-cow"} {
+		if b.only.MatchString("copy stream " + format) {
+			if err := b.switchFirst(format); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
@@ -190,7 +194,7 @@ func (b *bench) copyOnRead() error {
 
 // switchFirst says how long the command of a copy takes that switches first, and how long the guest was held for it: of
 // a sparse disk of 16 TiB, and of one that is written throughout.
-func (b *bench) switchFirst() error {
+func (b *bench) switchFirst(format string) error {
 	for _, sparse := range []bool{true, false} {
 		image, target, size := b.path("image"), b.path("target"), b.size
 		if sparse {
@@ -210,7 +214,7 @@ func (b *bench) switchFirst() error {
 				return err
 			}
 			begin := time.Now()
-			out, err := b.command("--json", "copy", "d", target, "--id", "j", "--method", "stream", "--speed", "1M").Output()
+			out, err := b.command("--json", "copy", "d", target, "--id", "j", "--method", "stream", "--format", format, "--speed", "1M").Output()
 			command = append(command, time.Since(begin).Seconds()*1000)
 			var j jobInfo
 			if err == nil {
@@ -222,12 +226,12 @@ func (b *bench) switchFirst() error {
 				held = append(held, ms)
 			}
 			s.stop()
-			if err = errors.Join(err, os.Remove(target)); err != nil {
+			if err = errors.Join(err, os.Remove(target), os.RemoveAll(target+".add-cow")); err != nil {
 				return fmt.Errorf("copy: %w: %s", err, out)
 			}
 		}
-		fmt.Printf("\ncopy --method stream of %.1f GiB: the guest is on the target after %.1f ms, it was held for %.2f ms\n",
-			float64(size)/(1<<30), median(command), median(held))
+		fmt.Printf("\ncopy --method stream of %.1f GiB to %s: the guest is on the target after %.1f ms, it was held for %.2f ms\n",
+			float64(size)/(1<<30), format, median(command), median(held))
 	}
 	return nil
 }
