@@ -684,12 +684,15 @@ func (b *bitmaps) removeFromImage(name string) error {
 	})
 }
 
-// strangers are the image's bitmaps that are not the disk's.
+// strangers are the image's bitmaps that are not the disk's, or some of them: an image may have more than fit an answer.
 func (b *bitmaps) strangers() (all []*control.Bitmap) {
 	err := b.inImage(func(_ *blk.Task, _ *qcow2.Node, list []qcow2.Bitmap) error {
 		for _, m := range list {
 			if _, err := b.find(m.Name); err == nil {
 				continue
+			}
+			if len(all) == maxDiskBitmaps {
+				break
 			}
 			o := &control.Bitmap{
 				Disk: b.k.spec.ID, Name: strings.ToValidUTF8(m.Name, "\uFFFD"), Granularity: m.Granularity,

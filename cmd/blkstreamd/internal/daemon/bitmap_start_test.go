@@ -3,6 +3,8 @@
 package daemon
 
 import (
+	"bytes"
+	"encoding/binary"
 	"fmt"
 	"os"
 	"testing"
@@ -143,4 +145,51 @@ func TestBitmapNewConfiguration(t *testing.T) {
 		t.Errorf("%v", m)
 	}
 	b.stop(d)
+}
+
+// directory gives an image another directory of bitmaps.
+func (b *bed) directory(path string, count int, dir []byte) {
+	b.Helper()
+	img, err := os.ReadFile(path)
+	b.must(err)
+	be := binary.BigEndian
+	at := bytes.Index(img[:4096], be.AppendUint64(nil, 0x23852875<<32|24)) + 8
+	be.PutUint32(img[at:], uint32(count))
+	be.PutUint64(img[at+8:], uint64(len(dir)))
+	be.PutUint64(img[at+16:], uint64((len(img)+0xffff)&^0xffff))
+	img = append(img, make([]byte, -len(img)&0xffff)...)
+	b.must(os.WriteFile(path, append(img, dir...), 0o600))
+}
+
+// An image with very many bitmaps, or with very long names, cannot keep the daemon from answering.
+func TestBitmapsTooMany(t *testing.T) {
+	entry := make([]byte, 24)
+	entry[15], entry[16], entry[17] = 2, 1, 16 // records writes; of dirty blocks; 64 KiB
+	name := func(n int) []byte {
+		binary.BigEndian.PutUint16(entry[18:], uint16(n))
+		return append(bytes.Clone(entry), bytes.Repeat([]byte{'n'}, n)...)
+	}
+	for _, long := range []bool{false, true} {
+		b := newBed(t)
+		path := b.qcow2("a.qcow2", "", "")
+		b.qemu("qemu-io", "-f", "qcow2", "-c", "write 0 64k", path)
+		b.qemu("qemu-img", "bitmap", "--add", path, "m")
+		if long {
+			b.directory(path, 70, bytes.Repeat(name(0xfff8), 70))
+		} else {
+			b.directory(path, 8000, bytes.Repeat(name(600), 8000))
+		}
+		f := b.load("", b.qcow2Disk("disk0", path, ""))
+		if long {
+			b.refused(f, "bitmap directory: entry 0")
+			continue
+		}
+		d, c := b.start(f)
+		b.writeAt("disk0", 0)
+		_, err := c.DiskList(t.Context(), &control.DiskListRequest{})
+		b.must(err)
+		_, err = c.BitmapList(t.Context(), &control.BitmapListRequest{})
+		b.must(err)
+		b.stop(d)
+	}
 }
