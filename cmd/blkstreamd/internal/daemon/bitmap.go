@@ -724,7 +724,10 @@ func (b *bitmaps) recording(name string) (*diskBitmap, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, reason := b.state(m); reason != "" {
+	switch state, reason := b.state(m); {
+	case state == bitmapDisabled:
+		return nil, control.Errorf(control.ErrPrecondition, "disk %q is being stopped", b.k.spec.ID)
+	case reason != "":
 		return nil, control.Errorf(control.ErrPrecondition, "bitmap %q of disk %q is inconsistent (%s): remove it and add it again", name, b.k.spec.ID, reason)
 	}
 	return m, nil
@@ -776,6 +779,9 @@ const (
 func (b *bitmaps) state(m *diskBitmap) (state, reason string) {
 	if m.Broken != "" {
 		return bitmapInconsistent, m.Broken
+	}
+	if m.bits == nil { // it was stored in the image: the disk has just been stopped
+		return bitmapDisabled, ""
 	}
 	if err := m.bits.Err(); err != nil {
 		return bitmapInconsistent, missed(err).Error()

@@ -193,3 +193,22 @@ func TestBitmapsTooMany(t *testing.T) {
 		b.stop(d)
 	}
 }
+
+// Who has found the disk before it was removed or the daemon was stopped may still ask for its bitmaps.
+func TestBitmapsOfStoppedDisk(t *testing.T) {
+	b := newBed(t)
+	d, c := b.start(b.load("", b.qcow2Disk("disk0", b.qcow2("a.qcow2", "", ""), "")))
+	b.addBitmap(c, "disk0", "m", 4096)
+	k, err := d.find("disk0")
+	b.must(err)
+	b.stop(d)
+	if w := k.warning(); w != "" {
+		t.Errorf("warning: %s", w)
+	}
+	for _, m := range k.bitmaps.list() {
+		k.bitmaps.message(m)
+	}
+	k.bitmaps.strangers()
+	_, err = k.bitmaps.clear(t.Context(), "m")
+	b.wants(err, control.ErrPrecondition)
+}
