@@ -100,6 +100,9 @@ type Node struct {
 	kick  chan struct{}
 	stop  chan struct{}
 	ended chan struct{}
+
+	once   sync.Once
+	closed error // of Close
 }
 
 // Bitmap is one of the disk's bitmaps. Its fields are the node's.
@@ -270,8 +273,13 @@ func (n *Node) Err() error {
 }
 
 // Close ends the keeper and closes the files. If the bitmaps' files are to be complete, Sync comes before. What the
-// filter is over stays open: it is the graph's.
+// filter is over stays open: it is the graph's. The daemon's end and a command may both call it.
 func (n *Node) Close() error {
+	n.once.Do(func() { n.closed = n.close() })
+	return n.closed
+}
+
+func (n *Node) close() error {
 	close(n.stop)
 	<-n.ended
 	err := n.o.Log.Close()

@@ -512,6 +512,20 @@ func TestBrokenFirst(t *testing.T) {
 	}
 }
 
+// The last bitmap is removed while the daemon stops.
+func TestCloseTwice(t *testing.T) {
+	r := newRig(t, plain)
+	var all sync.WaitGroup
+	for range 2 {
+		all.Go(func() {
+			if err := r.n.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+}
+
 // The disk grows: what came counts as written, the files too.
 func TestGrow(t *testing.T) {
 	r := newRig(t, plain)

@@ -105,6 +105,9 @@ func statesOf(paths []string) (all []imageState, err error) {
 type bitmaps struct {
 	k *disk
 
+	// saving keeps an older record from replacing a newer one: the keeper saves, too. mu comes after it.
+	saving sync.Mutex
+
 	// Commands that change the list hold Daemon.changes. mu is taken after the graph's lock.
 	mu   sync.Mutex
 	head *dirty.Node // nil: nothing was ever recorded
@@ -143,6 +146,8 @@ func (b *bitmaps) list() []*diskBitmap {
 
 // save makes the record durable.
 func (b *bitmaps) save(stopped []imageState) error {
+	b.saving.Lock()
+	defer b.saving.Unlock()
 	r := bitmapsRecord{Image: b.k.record().Image, Stopped: stopped}
 	broken := b.lost()
 	for _, m := range b.list() {
