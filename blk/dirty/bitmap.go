@@ -43,7 +43,9 @@ func (n *Node) renew() {
 	}
 	n.recent, n.stable = blk.NewBitmap(n.size, g), blk.NewBitmap(n.size, g)
 	n.fresh = nil
-	n.untracked.Store(len(n.bitmaps) == 0 || n.Err() != nil)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.untracked.Store(len(n.bitmaps) == 0 || n.gone)
 }
 
 // setSize is for Over.

@@ -18,8 +18,10 @@
 // for that by retiring regions: nobody may begin a write in them; those that have begun end (blk.Graph.Barrier); their
 // marks go from recent into the bitmaps and to the files; then the list is written without them.
 //
-// If a file cannot be written, guests are not held up and writes do not fail: the bitmaps have missed something from
-// then on, and say so (Err).
+// If a file cannot be written, writes do not fail: the bitmaps have missed something from then on, and say so (Err).
+// Writes that would be missed wait until that is durable, so that a crash does not make the bitmaps look complete, but
+// not for longer than patience: if nothing can be written at all, the guest goes on, and what remains is that a crash
+// before it can be written leaves bitmaps that have missed writes and do not say so.
 //
 // Locks, in the order in which they may be taken: Node.files, Node.mu. Node.files is held over I/O and never taken by
 // who runs on a queue's thread; Node.mu is not.
@@ -46,6 +48,9 @@ const (
 
 // idle is how long a region stays on the list, at least, after the last write. Tests are in more of a hurry.
 var idle = 2 * time.Second
+
+// patience is how long writes wait until it is durable that they are missed.
+var patience = 3 * time.Second
 
 // States of a region.
 const (
@@ -78,7 +83,7 @@ type Node struct {
 	recent  *blk.Bitmap
 	stable  *blk.Bitmap // what all bitmaps' files hold for sure; more bits are added at any time
 
-	untracked atomic.Bool // nothing is recorded: there is no bitmap, or they are broken
+	untracked atomic.Bool // nothing is recorded: there is no bitmap, or they have missed writes
 
 	files   sync.Mutex // all below up to mu
 	log     intentLog
@@ -90,10 +95,14 @@ type Node struct {
 	waiting []*admission
 	leaves  bool // the keeper wants to know that a write in Do has ended
 	err     error
+	gone    bool // after an error: writes are missed, and go on
 
 	kick  chan struct{}
 	stop  chan struct{}
 	ended chan struct{}
+
+	once   sync.Once
+	closed error // of Close
 }
 
 // Bitmap is one of the disk's bitmaps. Its fields are the node's.
@@ -264,8 +273,13 @@ func (n *Node) Err() error {
 }
 
 // Close ends the keeper and closes the files. If the bitmaps' files are to be complete, Sync comes before. What the
-// filter is over stays open: it is the graph's.
+// filter is over stays open: it is the graph's. The daemon's end and a command may both call it.
 func (n *Node) Close() error {
+	n.once.Do(func() { n.closed = n.close() })
+	return n.closed
+}
+
+func (n *Node) close() error {
 	close(n.stop)
 	<-n.ended
 	err := n.o.Log.Close()

@@ -23,7 +23,7 @@ const (
 )
 
 func TestMain(m *testing.M) {
-	idle = 200 * time.Millisecond
+	idle, patience = 200*time.Millisecond, 400*time.Millisecond
 	os.Exit(m.Run())
 }
 
@@ -496,6 +496,60 @@ func TestBrokenLater(t *testing.T) {
 		time.Sleep(20 * time.Millisecond)
 	}
 	t.Error("the log does not say that writes were missed")
+}
+
+// A write that is missed waits until that is durable, whatever is killed then; and not for ever.
+func TestBrokenFirst(t *testing.T) {
+	for _, last := range []bool{false, true} {
+		r := newRig(t, func(n blk.Node) blk.Node { return blktest.NewFault(n) })
+		r.add(block)
+		var durable atomic.Bool
+		r.n.o.Broken = func(err error) error {
+			if !durable.Load() {
+				return err
+			}
+			r.told.Add(1)
+			return nil
+		}
+		trap := r.store.(*blktest.Fault).Add(blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Err: syscall.EIO})
+		defer trap.Remove()
+		if !last {
+			time.AfterFunc(patience/3, func() { durable.Store(true) })
+		}
+		began := time.Now()
+		var all sync.WaitGroup
+		for i, l := range []int64{4096, 64 << 20, 4096} { // the second marks ahead
+			all.Go(func() {
+				if err := blk.Do(blk.NewTask(), r.n, &blk.Request{Op: blk.OpDiscard, Off: int64(i) << 28, Len: l}); err != nil {
+					t.Error(err)
+				}
+				if !last && r.told.Load() == 0 {
+					t.Error("a write was done that a restart knows nothing of")
+				}
+			})
+		}
+		all.Wait()
+		if took := time.Since(began); last && took < patience || took > patience+2*time.Second {
+			t.Errorf("writes waited %v", took)
+		}
+		if _, ok := r.n.TryMap(blk.OpWrite, 0, 4096); !ok {
+			t.Error("the fast path is still closed")
+		}
+	}
+}
+
+// The last bitmap is removed while the daemon stops.
+func TestCloseTwice(t *testing.T) {
+	r := newRig(t, plain)
+	var all sync.WaitGroup
+	for range 2 {
+		all.Go(func() {
+			if err := r.n.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
 }
 
 // The disk grows: what came counts as written, the files too.

@@ -20,15 +20,17 @@ func (n *Node) keep() {
 	t := blk.NewTask()
 	tick := time.NewTicker(idle)
 	defer tick.Stop()
-	told := false // Broken has made it durable
+	var (
+		told  bool      // that writes were missed is durable
+		since time.Time // when it was found that they will be
+		retry <-chan time.Time
+	)
 	for {
 		select {
 		case <-n.kick:
+		case <-retry:
 		case <-tick.C:
 			n.age(t)
-			if err := n.Err(); err != nil && !told {
-				told = n.tell(t, err)
-			}
 		case <-n.stop:
 			n.mu.Lock()
 			n.admitAllLocked()
@@ -37,10 +39,27 @@ func (n *Node) keep() {
 		}
 		for n.turn(t) {
 		}
+		retry = nil
 		if err := n.Err(); err != nil && !told {
-			told = n.tell(t, err)
+			if since.IsZero() {
+				since = time.Now()
+			}
+			if told = n.tell(t, err); told || time.Since(since) >= patience {
+				n.letGo()
+			} else {
+				retry = time.After(patience / 10)
+			}
 		}
 	}
+}
+
+// letGo lets all writes pass from now on, which nobody records.
+func (n *Node) letGo() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.untracked.Store(true)
+	n.gone = true
+	n.admitAllLocked()
 }
 
 // turn serves some of the writes that wait, and reports whether it is worth while to go on.
@@ -52,8 +71,12 @@ func (n *Node) turn(t *blk.Task) (more bool) {
 		need  = map[int64]struct{}{} // regions to be put on the list
 	)
 	n.mu.Lock()
-	if n.err != nil || len(n.bitmaps) == 0 {
+	switch {
+	case n.gone || len(n.bitmaps) == 0:
 		n.admitAllLocked()
+	case n.err != nil: // until it is durable that they are missed
+		n.mu.Unlock()
+		return false
 	}
 	rest := n.waiting
 	n.waiting = nil
@@ -90,14 +113,13 @@ func (n *Node) turn(t *blk.Task) (more bool) {
 		n.mark(a.off, a.n)
 	}
 	if len(ahead) > 0 && !n.save(t) {
-		n.admit(ahead)
-		n.admit(now)
-		return true
+		n.again(ahead, now)
+		return false
 	}
 	n.admit(ahead)
 	if len(need) > 0 && !n.writeList(t, slices.AppendSeq(list, maps.Keys(need))) {
-		n.admit(now)
-		return true
+		n.again(now)
+		return false
 	}
 	n.mu.Lock()
 	for r := range need {
@@ -119,6 +141,13 @@ func (n *Node) admit(all []*admission) {
 	for _, a := range all {
 		close(a.ready)
 	}
+}
+
+// again lets writes wait further.
+func (n *Node) again(all ...[]*admission) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.waiting = append(n.waiting, slices.Concat(all...)...)
 }
 
 // admitAllLocked lets everyone go on, since nothing is recorded.
@@ -269,15 +298,15 @@ func (n *Node) writeList(t *blk.Task, list []int64) bool {
 	return true
 }
 
-// fail: what is written from now on may be missed after a restart, and therefore counts as missed.
+// fail: what is written from now on may be missed after a restart, and therefore counts as missed. Writes that are not
+// recorded wait until that is durable.
 func (n *Node) fail(err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.err == nil {
 		n.err = err
 	}
-	n.untracked.Store(true)
-	n.admitAllLocked()
+	n.wake()
 }
 
 // tell makes it durable that writes were missed, in the log or elsewhere, and reports whether that is done.

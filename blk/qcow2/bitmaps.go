@@ -29,6 +29,8 @@ const (
 	bitmapEntryLen  = 24
 	maxBitmapName   = 1023
 
+	maxBitmapWarnings = 8 // that name one: an image may have thousands
+
 	minBitmapGranularity = 9 // log2, as QEMU has them
 	maxBitmapGranularity = 31
 	// maxBitmapBytes bounds the memory for a bitmap that an image makes us load.
@@ -75,7 +77,7 @@ func ReadBitmaps(t *blk.Task, storage blk.Node, h *Header) ([]Bitmap, error) {
 		}
 		nameLen, extra := int64(be.Uint16(dir[18:])), int64(be.Uint32(dir[20:]))
 		size := roundUp(bitmapEntryLen+extra+nameLen, 8)
-		if size > int64(len(dir)) || dir[17] > 62 {
+		if size > int64(len(dir)) || dir[17] > 62 || nameLen > maxBitmapName {
 			return nil, invalid("bitmap directory: entry %d", i)
 		}
 		flags := be.Uint32(dir[12:])
@@ -214,7 +216,11 @@ func (n *Node) useBitmaps(t *blk.Task) error {
 	if err := n.markInUse(t, list); err != nil {
 		return err
 	}
-	for _, b := range list {
+	for i, b := range list {
+		if i == maxBitmapWarnings {
+			n.warn("image %q: so are %d more bitmaps", n.name, len(list)-i)
+			break
+		}
 		n.warn("image %q: bitmap %q does not record what is written now and is marked as inconsistent", n.name, b.Name)
 	}
 	return nil

@@ -30,8 +30,8 @@ import (
 // The dirty bitmaps of a disk. While the disk is served they are the head of its graph (blk/dirty) and have files in
 // the state directory. In order:
 //
-//  1. When the disk is started, each bitmap comes from a qcow2 image that has it in order, else from its file, with the
-//     regions of the intent log. It is inconsistent, and records nothing, if somebody has written to the image since the
+//  1. When the disk is started, each bitmap comes from a qcow2 image that has it in order, and from its file, with the
+//     regions of the intent log; what either says counts. It is inconsistent, and records nothing, if somebody has written to the image since the
 //     disk was stopped, or if its file was damaged.
 //  2. The files and the record, which now says that the disk is being served, are made durable; bitmaps in the image are
 //     marked as in use there. Then the guest may write.
@@ -53,13 +53,16 @@ const (
 	maxBitmapBytes = 64 << 20 // of memory for each; some more are needed for all together
 )
 
+// maxImageBitmapBytes bounds what an image makes us keep: a few bytes of it can stand for all the bits of a bitmap.
+var maxImageBitmapBytes int64 = 256 << 20
+
 // bitmapsRecord is what the state directory keeps of a disk's bitmaps.
 type bitmapsRecord struct {
 	Bitmaps []bitmapRecord `json:"bitmaps"`
 	// Image is what the disk was on when this was written. It may have moved since; its own record knows that.
 	Image string `json:"image"`
-	// Stopped is the image when the disk was stopped; nil: the disk is served, or was when the daemon died.
-	Stopped *imageState `json:"stopped,omitempty"`
+	// Stopped is the image, and its data file, when the disk was stopped; none: the disk is served, or was when the daemon died.
+	Stopped []imageState `json:"stopped,omitempty"`
 }
 
 type bitmapRecord struct {
@@ -78,17 +81,32 @@ type imageState struct {
 	Modified int64  `json:"modified"` // nanoseconds since the epoch
 }
 
-func stateOf(path string) (*imageState, error) {
-	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
-		return nil, fmt.Errorf("image %q: %w", path, err)
+// files are what the disk is on, while it is open: its image, and the data file if it has one.
+func (b *bitmaps) files() []string {
+	all := []string{b.k.record().Image}
+	if data := b.k.image().Chain[0].DataFile; data != "" {
+		all = append(all, data)
 	}
-	return &imageState{Path: path, Size: st.Size, Inode: st.Ino, Modified: st.Mtim.Nano()}, nil
+	return all
+}
+
+func statesOf(paths []string) (all []imageState, err error) {
+	for _, path := range paths {
+		var st unix.Stat_t
+		if err := unix.Stat(path, &st); err != nil {
+			return nil, fmt.Errorf("image %q: %w", path, err)
+		}
+		all = append(all, imageState{Path: path, Size: st.Size, Inode: st.Ino, Modified: st.Mtim.Nano()})
+	}
+	return all, nil
 }
 
 // bitmaps are those of one disk.
 type bitmaps struct {
 	k *disk
+
+	// saving keeps an older record from replacing a newer one: the keeper saves, too. mu comes after it.
+	saving sync.Mutex
 
 	// Commands that change the list hold Daemon.changes. mu is taken after the graph's lock.
 	mu   sync.Mutex
@@ -127,7 +145,9 @@ func (b *bitmaps) list() []*diskBitmap {
 }
 
 // save makes the record durable.
-func (b *bitmaps) save(stopped *imageState) error {
+func (b *bitmaps) save(stopped []imageState) error {
+	b.saving.Lock()
+	defer b.saving.Unlock()
 	r := bitmapsRecord{Image: b.k.record().Image, Stopped: stopped}
 	broken := b.lost()
 	for _, m := range b.list() {
@@ -180,7 +200,7 @@ func (b *bitmaps) load() error {
 	for _, rec := range r.Bitmaps {
 		b.all = append(b.all, &diskBitmap{bitmapRecord: rec})
 	}
-	if err := b.begin(t, bits); err != nil {
+	if err := b.begin(t, bits, r.Stopped); err != nil {
 		return err
 	}
 	if err := b.save(nil); err != nil {
@@ -200,11 +220,15 @@ func (b *bitmaps) load() error {
 	return nil
 }
 
-// fromImage gets the bitmaps that are in order in the image, whatever the record says of them, and puts them on the list.
-// It names them. What the record says to be in the image and is not there, is forgotten.
+// fromImage gets the bitmaps that are in order in the image and puts them on the list. It names them. One that has a file
+// as well keeps it, since it may be of another time: the disk may have come to an image that had one of this name. What
+// the record says to be in the image and is not there, is forgotten.
 func (b *bitmaps) fromImage(t *blk.Task, r *bitmapsRecord) (bits map[string]*blk.Bitmap, names []string, err error) {
 	bits = map[string]*blk.Bitmap{}
-	var list []qcow2.Bitmap
+	var (
+		list  []qcow2.Bitmap
+		bytes int64
+	)
 	node, ok := b.k.image().Root.(*qcow2.Node)
 	if ok && node.CanStoreBitmaps() {
 		if list, err = node.Bitmaps(t); err != nil {
@@ -217,13 +241,23 @@ func (b *bitmaps) fromImage(t *blk.Task, r *bitmapsRecord) (bits map[string]*blk
 			continue
 		}
 		rec := bitmapRecord{Name: m.Name, Granularity: m.Granularity}
+		bytes += node.Info().Size / m.Granularity / 8
 		i := slices.IndexFunc(r.Bitmaps, func(o bitmapRecord) bool { return o.Name == m.Name })
 		if i < 0 {
 			i = len(r.Bitmaps)
 			r.Bitmaps = append(r.Bitmaps, rec)
 		}
-		got, err := node.LoadBitmap(t, m)
-		if err != nil {
+		if was := r.Bitmaps[i]; was.File != "" && b.own(r.Image) {
+			if was.Broken != "" && r.Stopped == nil {
+				continue
+			}
+			if was.Broken == "" {
+				rec = was
+			}
+		}
+		if bytes > maxImageBitmapBytes {
+			rec.Broken = fmt.Sprintf("the image's bitmaps take more than %d bytes", maxImageBitmapBytes)
+		} else if got, err := node.LoadBitmap(t, m); err != nil {
 			rec.Broken = err.Error()
 		} else {
 			bits[m.Name], names = got, append(names, m.Name)
@@ -236,17 +270,17 @@ func (b *bitmaps) fromImage(t *blk.Task, r *bitmapsRecord) (bits map[string]*blk
 // fromFiles gets the others, and says of those that are not good why they are not.
 func (b *bitmaps) fromFiles(t *blk.Task, r *bitmapsRecord, bits map[string]*blk.Bitmap) error {
 	why := ""
-	switch now := b.k.record(); {
+	switch {
 	case b.k.spec.Lock == lockRunning:
 		why = fmt.Sprintf("with lock = %q another host may have written to the image", lockRunning)
-	case r.Image != now.Image && !slices.Contains(now.Moved, r.Image):
+	case !b.own(r.Image):
 		why = fmt.Sprintf("it is of another image, %s", r.Image)
 	case r.Stopped != nil:
-		is, err := stateOf(now.Image)
+		is, err := statesOf(b.files())
 		if err != nil {
 			return err
 		}
-		if *is != *r.Stopped {
+		if !slices.Equal(is, r.Stopped) {
 			why = "the image was changed while the disk was not served"
 		}
 	}
@@ -256,16 +290,22 @@ func (b *bitmaps) fromFiles(t *blk.Task, r *bitmapsRecord, bits map[string]*blk.
 	)
 	for i := range r.Bitmaps {
 		m := &r.Bitmaps[i]
-		if bits[m.Name] != nil || m.Broken != "" {
+		image := bits[m.Name]
+		if image != nil && m.File == "" || m.Broken != "" {
 			continue
 		}
-		if m.Broken = why; why != "" {
+		if m.Broken = why; why != "" && image == nil {
 			continue
 		}
+		m.Broken = ""
 		got, err := b.readFile(t, m.File)
 		if err != nil {
 			m.Broken = err.Error()
+			delete(bits, m.Name)
 			continue
+		}
+		if image != nil {
+			got.Merge(image)
 		}
 		bits[m.Name], good, read = got, append(good, m), append(read, got)
 	}
@@ -279,6 +319,22 @@ func (b *bitmaps) fromFiles(t *blk.Task, r *bitmapsRecord, bits map[string]*blk.
 		}
 	}
 	return nil
+}
+
+// own reports whether the disk is on an image, or was before it moved.
+func (b *bitmaps) own(path string) bool {
+	now := b.k.record()
+	return path == now.Image || slices.Contains(now.Moved, path)
+}
+
+// keepBitmaps says that a disk's bitmaps are of the image that it has moved to, before its record forgets that it has.
+func (d *Daemon) keepBitmaps(id string, now record) error {
+	var r bitmapsRecord
+	if found, err := d.store.Load(bitmapKind, id, &r); !found || err != nil || !slices.Contains(now.Moved, r.Image) {
+		return err
+	}
+	r.Image = now.Image
+	return d.store.Save(bitmapKind, id, &r)
 }
 
 func (b *bitmaps) readFile(t *blk.Task, name string) (*blk.Bitmap, error) {
@@ -311,11 +367,15 @@ func (b *bitmaps) open(name string) (*file.Node, error) {
 
 // begin lets those record that have bits. Files and the log that are there already are used further: at any moment they
 // hold all that they held before, and more.
-func (b *bitmaps) begin(t *blk.Task, bits map[string]*blk.Bitmap) error {
+func (b *bitmaps) begin(t *blk.Task, bits map[string]*blk.Bitmap, stopped []imageState) error {
 	if len(bits) == 0 {
 		return nil
 	}
 	if !slices.ContainsFunc(b.all, func(m *diskBitmap) bool { return bits[m.Name] != nil && m.File != "" }) {
+		// Before the old log goes, which may be all that says which bitmaps are broken.
+		if err := b.save(stopped); err != nil {
+			return err
+		}
 		if err := b.newLog(t); err != nil {
 			return err
 		}
@@ -629,12 +689,15 @@ func (b *bitmaps) removeFromImage(name string) error {
 	})
 }
 
-// strangers are the image's bitmaps that are not the disk's.
+// strangers are the image's bitmaps that are not the disk's, or some of them: an image may have more than fit an answer.
 func (b *bitmaps) strangers() (all []*control.Bitmap) {
 	err := b.inImage(func(_ *blk.Task, _ *qcow2.Node, list []qcow2.Bitmap) error {
 		for _, m := range list {
 			if _, err := b.find(m.Name); err == nil {
 				continue
+			}
+			if len(all) == maxDiskBitmaps {
+				break
 			}
 			o := &control.Bitmap{
 				Disk: b.k.spec.ID, Name: strings.ToValidUTF8(m.Name, "\uFFFD"), Granularity: m.Granularity,
@@ -666,7 +729,10 @@ func (b *bitmaps) recording(name string) (*diskBitmap, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, reason := b.state(m); reason != "" {
+	switch state, reason := b.state(m); {
+	case state == bitmapDisabled:
+		return nil, control.Errorf(control.ErrPrecondition, "disk %q is being stopped", b.k.spec.ID)
+	case reason != "":
 		return nil, control.Errorf(control.ErrPrecondition, "bitmap %q of disk %q is inconsistent (%s): remove it and add it again", name, b.k.spec.ID, reason)
 	}
 	return m, nil
@@ -718,6 +784,9 @@ const (
 func (b *bitmaps) state(m *diskBitmap) (state, reason string) {
 	if m.Broken != "" {
 		return bitmapInconsistent, m.Broken
+	}
+	if m.bits == nil { // it was stored in the image: the disk has just been stopped
+		return bitmapDisabled, ""
 	}
 	if err := m.bits.Err(); err != nil {
 		return bitmapInconsistent, missed(err).Error()
@@ -800,12 +869,12 @@ func (b *bitmaps) forget() error {
 	return b.store().Delete(bitmapKind, b.k.spec.ID)
 }
 
-// stopped records what the image is like when it has been closed.
-func (b *bitmaps) stopped() error {
+// stopped records what the disk's files are like when they have been closed.
+func (b *bitmaps) stopped(files []string) error {
 	if len(b.list()) == 0 {
 		return nil
 	}
-	now, err := stateOf(b.k.record().Image)
+	now, err := statesOf(files)
 	if err != nil {
 		return err
 	}

@@ -105,6 +105,11 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 		return fmt.Errorf("%s:%d: disk %q is on %s, and %s does not hold all of it yet: write image = %q and format = %q, and stream the disk first",
 			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, spec.Image, r.Image, r.Format)
 	default:
+		if found && spec.Image == r.Image {
+			if err := d.keepBitmaps(spec.ID, r); err != nil {
+				return err
+			}
+		}
 		r = record{Image: spec.Image, Format: spec.Format, CacheOff: r.CacheOff, CopyOnRead: r.CopyOnRead}
 		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
 			return err
@@ -372,8 +377,9 @@ func (k *disk) stop() error {
 	if withoutCopyOnRead(root) != k.image().Root {
 		return errors.Join(err, fmt.Errorf("disk %q: a job's filter could not be removed, its images stay open", k.spec.ID))
 	}
+	files := k.bitmaps.files()
 	err = errors.Join(err, k.bitmaps.sync(), k.closeImage())
-	return errors.Join(err, k.bitmaps.stopped())
+	return errors.Join(err, k.bitmaps.stopped(files))
 }
 
 // closeImage closes what the disk is on. Somebody may still be drawing its chain.
