@@ -448,7 +448,7 @@ func TestPowerCut(t *testing.T) {
 	}
 }
 
-// The storage of the log fails: no write fails or waits, and the bitmaps say that they have missed something, also
+// The storage of the log fails: no write fails, and the bitmaps say that they have missed something, also
 // after a restart.
 func TestBroken(t *testing.T) {
 	for i, what := range []blk.Op{blk.OpWrite, blk.OpFlush, blk.OpWrite, blk.OpFlush} {
@@ -501,7 +501,7 @@ func TestBrokenLater(t *testing.T) {
 // A write that is missed waits until that is durable, whatever is killed then; and not for ever.
 func TestBrokenFirst(t *testing.T) {
 	for _, last := range []bool{false, true} {
-		r := newRig(t, func(n blk.Node) blk.Node { return blktest.NewFault(n) })
+		r := newRig(t)
 		r.add(block)
 		var durable atomic.Bool
 		r.n.o.Broken = func(err error) error {
@@ -511,8 +511,9 @@ func TestBrokenFirst(t *testing.T) {
 			r.told.Add(1)
 			return nil
 		}
-		trap := r.store.(*blktest.Fault).Add(blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Err: syscall.EIO})
-		defer trap.Remove()
+		for _, f := range r.faults {
+			defer f.Add(blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Err: syscall.EIO}).Remove()
+		}
 		if !last {
 			time.AfterFunc(patience/3, func() { durable.Store(true) })
 		}
@@ -540,7 +541,7 @@ func TestBrokenFirst(t *testing.T) {
 
 // The last bitmap is removed while the daemon stops.
 func TestCloseTwice(t *testing.T) {
-	r := newRig(t, plain)
+	r := newRig(t)
 	var all sync.WaitGroup
 	for range 2 {
 		all.Go(func() {
