@@ -3,6 +3,7 @@
 package blk
 
 import (
+	"bytes"
 	"math/bits"
 	"sync"
 )
@@ -54,4 +55,18 @@ func alignedBytes(n int) []byte {
 			return b[i : i+n : i+n]
 		}
 	}
+}
+
+var zeros [64 << 10]byte
+
+// IsZero reports whether there is nothing but zeros in b.
+func IsZero(b []byte) bool {
+	for len(b) > 0 {
+		k := min(len(b), len(zeros))
+		if !bytes.Equal(b[:k], zeros[:k]) {
+			return false
+		}
+		b = b[k:]
+	}
+	return true
 }

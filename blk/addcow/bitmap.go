@@ -74,7 +74,7 @@ type bitmap struct {
 	wanted   bitset // what the file is to hold: also what is being stored
 	dirty    bitset // blocks in which the file may hold something else
 
-	storing taskLock
+	storing blk.TaskLock
 	asked   atomic.Int64
 	done    int64 // those who asked up to this one are stored; under storing
 
@@ -120,7 +120,7 @@ func (b *bitmap) set(t *blk.Task, first, n int64) error {
 	b.wanted.set(first, n)
 	b.mark(first, n)
 	me := b.asked.Add(1)
-	defer b.storing.lock(t)()
+	defer b.storing.Lock(t)()
 	if b.done < me {
 		all := b.asked.Load()
 		if err := b.storeLocked(t); err != nil {
@@ -187,7 +187,7 @@ func (b *bitmap) sync(t *blk.Task) error {
 	if b.clean() {
 		return nil
 	}
-	unlock := b.storing.lock(t)
+	unlock := b.storing.Lock(t)
 	err := b.storeLocked(t)
 	unlock()
 	if err != nil && !blk.IsNoSpace(err) {

@@ -23,7 +23,7 @@
 // needs no lock.
 //
 // Locks, in the order in which they may be taken, all of them task locks that may be held over I/O: ranges of
-// Node.clusters, bitmap.storing, syncer.lock.
+// Node.clusters, bitmap.storing, the flushes.
 package addcow
 
 import (
@@ -54,7 +54,7 @@ type Node struct {
 
 	bits     *bitmap       // nil: all clusters are in the image file
 	clusters blk.RangeLock // that are being brought into the image file
-	syncs    syncer        // of the image file
+	syncs    blk.Syncer    // of the image file
 }
 
 // Open opens the add-cow file in storage, and owns storage and Options.Image from then on, if it succeeds.
@@ -327,7 +327,7 @@ func (n *Node) bring(t *blk.Task, off, l int64, store func(l int64) error) (int6
 		return 0, err
 	}
 	// The data before the bit: the other order shows what the image file held before it was ours.
-	if err := n.syncs.sync(t, n.image); err != nil {
+	if err := n.syncs.Sync(t, n.image); err != nil {
 		return 0, err
 	}
 	return l, n.bits.set(t, first, (off+l-1)>>n.shift-first+1)
@@ -361,10 +361,10 @@ func (n *Node) flush(t *blk.Task) error {
 		return nil
 	}
 	if n.bits == nil || n.bits.clean() {
-		return n.syncs.sync(t, n.image)
+		return n.syncs.Sync(t, n.image)
 	}
 	return errors.Join(t.Par(
-		func(t *blk.Task) error { return n.syncs.sync(t, n.image) },
+		func(t *blk.Task) error { return n.syncs.Sync(t, n.image) },
 		n.bits.sync,
 	))
 }
@@ -399,32 +399,3 @@ func (n *Node) Finish(t *blk.Task) error {
 
 // Close closes the add-cow file and the image file.
 func (n *Node) Close() error { return errors.Join(n.storage.Close(), n.image.Close()) }
-
-// taskLock is a mutex for which a task waits.
-type taskLock struct{ l blk.RangeLock }
-
-func (m *taskLock) lock(t *blk.Task) (unlock func()) {
-	r := m.l.Lock(t, 0, 1)
-	return func() { m.l.Unlock(r) }
-}
-
-// syncer flushes a node for many at once: whoever waits while a flush runs is served by the next one.
-type syncer struct {
-	lock  taskLock
-	asked atomic.Int64
-	done  int64 // those who asked up to this one are served; under lock
-}
-
-func (s *syncer) sync(t *blk.Task, n blk.Node) error {
-	me := s.asked.Add(1)
-	defer s.lock.lock(t)()
-	if s.done >= me {
-		return nil
-	}
-	all := s.asked.Load()
-	if err := blk.Do(t, n, &blk.Request{Op: blk.OpFlush}); err != nil {
-		return err
-	}
-	s.done = all
-	return nil
-}

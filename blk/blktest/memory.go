@@ -5,7 +5,6 @@
 package blktest
 
 import (
-	"bytes"
 	"sync"
 	"sync/atomic"
 
@@ -56,8 +55,8 @@ func (m *Memory) Map(_ *blk.Task, off, l int64) (blk.Extent, error) {
 	end := min(off+l, int64(len(m.data)))
 	blockEnd := func(at int64) int64 { return min(at/block*block+block, end) }
 	at := blockEnd(off)
-	zero := isZero(m.data[off:at])
-	for at < end && isZero(m.data[at:blockEnd(at)]) == zero {
+	zero := blk.IsZero(m.data[off:at])
+	for at < end && blk.IsZero(m.data[at:blockEnd(at)]) == zero {
 		at = blockEnd(at)
 	}
 	state := blk.Data
@@ -65,19 +64,6 @@ func (m *Memory) Map(_ *blk.Task, off, l int64) (blk.Extent, error) {
 		state = blk.Zero
 	}
 	return blk.Extent{Len: at - off, State: state}, nil
-}
-
-var zeros [64 << 10]byte
-
-func isZero(b []byte) bool {
-	for len(b) > 0 {
-		n := min(len(b), len(zeros))
-		if !bytes.Equal(b[:n], zeros[:n]) {
-			return false
-		}
-		b = b[n:]
-	}
-	return true
 }
 
 // Do carries out the request. A discard zeroes.

@@ -200,7 +200,7 @@ func changeOn(d *disk, rng *rand.Rand, model []byte, op blk.Op, flags blk.Flags,
 			return fmt.Errorf("read after a discard: %w", err)
 		}
 		v.CopyTo(part)
-		if isZero(part) || bytes.Equal(part, old) {
+		if blk.IsZero(part) || bytes.Equal(part, old) {
 			return nil
 		}
 		for i, b := range part {
@@ -372,7 +372,7 @@ func (d *disk) testZeroes() {
 		for range 8 {
 			off, n := d.place(d.rng, 300<<10)
 			d.change(blk.OpWriteZeroes, flags, off, n, whole)
-			if !isZero(d.read(off, n)) {
+			if !blk.IsZero(d.read(off, n)) {
 				d.Fatalf("flags %d: [%d, +%d) does not read as zeros", flags, off, n)
 			}
 		}
@@ -450,7 +450,7 @@ func (d *disk) checkExtent(t *blk.Task, who string, e blk.Extent, off, n int64) 
 	want := d.model[off : off+e.Len]
 	switch e.State {
 	case blk.Zero, blk.Unallocated:
-		if !isZero(want) {
+		if !blk.IsZero(want) {
 			d.Errorf("%s: [%d, +%d) should be zeros and is not", who, off, e.Len)
 			return false
 		}

@@ -14,7 +14,6 @@
 package cbw
 
 import (
-	"bytes"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -247,7 +246,7 @@ func (n *Node) copy(t *blk.Task, off, l int64) (int64, error) {
 func (n *Node) alike(b []byte) (l int64, zero bool) {
 	for l < int64(len(b)) {
 		end := min(l+n.o.Grain, int64(len(b)))
-		z := isZero(b[l:end])
+		z := blk.IsZero(b[l:end])
 		if l > 0 && z != zero {
 			break
 		}
@@ -286,17 +285,6 @@ func (n *Node) zero(t *blk.Task, off, l int64) error {
 }
 
 var zeros [64 << 10]byte
-
-func isZero(b []byte) bool {
-	for len(b) > 0 {
-		k := min(len(b), len(zeros))
-		if !bytes.Equal(b[:k], zeros[:k]) {
-			return false
-		}
-		b = b[k:]
-	}
-	return true
-}
 
 // Close implements blk.Node: it closes the disk and the target.
 func (n *Node) Close() error {

@@ -13,7 +13,6 @@
 package cor
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"sync/atomic"
@@ -319,7 +318,7 @@ func (n *Node) fetch(t *blk.Task, s span, use func(b []byte, off int64), depth u
 func (n *Node) alike(b []byte, s span, at int64) (end int64, zero bool) {
 	for end = at; end < s.hi; {
 		to := min(end&^(n.cluster-1)+n.cluster, s.hi)
-		z := isZero(b[end-s.lo : to-s.lo])
+		z := blk.IsZero(b[end-s.lo : to-s.lo])
 		if end > at && z != zero {
 			break
 		}
@@ -371,17 +370,6 @@ func (n *Node) storeZeroes(t *blk.Task, lo, hi int64, depth uint16) error {
 }
 
 var zeros [64 << 10]byte
-
-func isZero(b []byte) bool {
-	for len(b) > 0 {
-		k := min(len(b), len(zeros))
-		if !bytes.Equal(b[:k], zeros[:k]) {
-			return false
-		}
-		b = b[k:]
-	}
-	return true
-}
 
 // Resize changes the size of the top. The graph is paused, and nobody pulls.
 func (n *Node) Resize(t *blk.Task, size int64, shrink bool) error {

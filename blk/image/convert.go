@@ -115,7 +115,7 @@ func (k *converter) copy(t *blk.Task, off, n int64) error {
 	}
 	need := func(at, l int64) bool {
 		if k.fresh {
-			return !isZero(buf.B[at : at+l])
+			return !blk.IsZero(buf.B[at : at+l])
 		}
 		return !bytes.Equal(buf.B[at:at+l], old[at:at+l])
 	}
@@ -154,7 +154,7 @@ func (k *converter) read(t *blk.Task, b []byte, off int64) error {
 
 func (k *converter) write(t *blk.Task, b []byte, off int64) error {
 	switch {
-	case isZero(b):
+	case blk.IsZero(b):
 		return writeZeroes(t, k.dst, off, int64(len(b)))
 	case k.packed != nil:
 		return k.packed.WriteCompressed(t, off, b)

@@ -229,7 +229,7 @@ func (r *rebaser) copy(t *blk.Task, off, n int64) error {
 		// All of a cluster that the image does not hold: what is written in part is filled up from the new image.
 		part := was.B[from : from+l]
 		if !held && !bytes.Equal(part, will.B[from:from+l]) {
-			if isZero(part) {
+			if blk.IsZero(part) {
 				err = writeZeroes(t, r.top, off+from, l)
 			} else {
 				err = write(t, r.top, part, off+from)

@@ -3,7 +3,6 @@
 package image
 
 import (
-	"bytes"
 	"context"
 	"sync"
 	"sync/atomic"
@@ -122,8 +121,6 @@ func zeroRun(t *blk.Task, n blk.Node, off, l int64) (int64, error) {
 var zeroBytes = make([]byte, sweepStep)
 
 func zeros(n int64) []byte { return zeroBytes[:n] }
-
-func isZero(b []byte) bool { return bytes.Equal(b, zeroBytes[:len(b)]) }
 
 // up to a multiple of align, a power of two.
 func roundUp(x, align int64) int64 { return (x + align - 1) &^ (align - 1) }

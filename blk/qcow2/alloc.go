@@ -89,7 +89,7 @@ func (n *Node) tidy(t *blk.Task) {
 	if n.unclean.Load() <= maxLimbo || n.corrupt.Load() {
 		return
 	}
-	defer n.alloc.lock(t)()
+	defer n.alloc.Lock(t)()
 	_ = n.reclaim(t)
 }
 
@@ -138,7 +138,7 @@ func (n *Node) drop(t *blk.Task, runs *[]refRun) error {
 
 // reserve fills the pool. want is what the caller could use.
 func (n *Node) reserve(t *blk.Task, want int64) error {
-	defer n.alloc.lock(t)()
+	defer n.alloc.Lock(t)()
 	n.mu.Lock()
 	filled := len(n.pool) > 0
 	n.mu.Unlock()
@@ -418,8 +418,8 @@ func (n *Node) growStorage(t *blk.Task, size int64) error {
 	return err
 }
 
-func growNode(t *blk.Task, lock *taskLock, node blk.Node, size int64) error {
-	defer lock.lock(t)()
+func growNode(t *blk.Task, lock *blk.TaskLock, node blk.Node, size int64) error {
+	defer lock.Lock(t)()
 	in := node.Info()
 	if in.Size >= size {
 		return nil
@@ -443,7 +443,7 @@ func (n *Node) giveBack(t *blk.Task) error {
 	if err := n.sync(t); err != nil {
 		return err
 	}
-	defer n.alloc.lock(t)()
+	defer n.alloc.Lock(t)()
 	if err := n.packer.finish(t, n); err != nil {
 		return err
 	}

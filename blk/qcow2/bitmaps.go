@@ -264,7 +264,7 @@ func (n *Node) storeBitmaps(t *blk.Task, remove []string, store []BitmapData) er
 	case n.v2:
 		return fmt.Errorf("version 2 has none: %w", ErrFeature)
 	}
-	defer n.resizing.lock(t)()
+	defer n.resizing.Lock(t)()
 	if err := n.settle(t); err != nil {
 		return err
 	}

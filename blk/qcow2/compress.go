@@ -186,7 +186,7 @@ func (c *unpackCache) purge() {
 // packer places compressed clusters, at sector boundaries, one behind the other. The clusters it fills are counted
 // for as many users as they can have; when it is done with them the counts are lowered to what they have.
 type packer struct {
-	lock taskLock
+	lock blk.TaskLock
 	next int64   // host offset
 	end  int64   // host offset
 	left []int64 // counts too many, of each cluster up to end
@@ -264,7 +264,7 @@ func (n *Node) place(t *blk.Task, packed []byte) (l2Entry, error) {
 
 // take gives room for size bytes, counted.
 func (p *packer) take(t *blk.Task, n *Node, size int64) (int64, error) {
-	defer p.lock.lock(t)()
+	defer p.lock.Lock(t)()
 	if p.next+size > p.end {
 		if err := p.more(t, n, size); err != nil {
 			return 0, err
@@ -289,7 +289,7 @@ func (p *packer) more(t *blk.Task, n *Node, size int64) error {
 		n.putBack(r)
 		return fmt.Errorf("no place for %d bytes: %w", size, blk.ErrNotSupported) // not reachable: size <= a cluster
 	}
-	defer n.alloc.lock(t)()
+	defer n.alloc.Lock(t)()
 	if err := p.finish(t, n); err != nil {
 		n.putBack(r)
 		return err

@@ -69,30 +69,30 @@ type Node struct {
 	// inPlace: clusters of our own may be written. Not before the first write was prepared for, nor when damaged.
 	inPlace  atomic.Bool
 	corrupt  atomic.Bool // damage was found, or the image came with the mark
-	prepares taskLock
+	prepares blk.TaskLock
 
 	l1     atomic.Pointer[l1Table] // replaced by Resize
 	loads  blk.RangeLock           // by L1 index
-	l1Lock taskLock
+	l1Lock blk.TaskLock
 
 	clusters blk.RangeLock // guest clusters whose entries are being changed
 	users    blk.RangeLock // see enter
 	lastUser atomic.Int64
 
-	headerLock taskLock
+	headerLock blk.TaskLock
 	headerBad  atomic.Bool // a write of it is suspect
-	syncs      syncer      // of the storage
-	dataSyncs  syncer      // of the data file
+	syncs      blk.Syncer  // of the storage
+	dataSyncs  blk.Syncer  // of the data file
 	metaSeq    atomic.Int64
 	syncedSeq  atomic.Int64 // metadata writes up to this one are durable
 
-	settling  taskLock
-	resizing  taskLock
-	growing   taskLock    // the storage
-	growData  taskLock    // the data file
-	refWrites taskLock    // a refcount block is changed and written
-	fixed     atomic.Bool // the storage has one size
-	alloc     taskLock    // refs, scan, batch, and whoever changes counts: all down to maxBatch
+	settling  blk.TaskLock
+	resizing  blk.TaskLock
+	growing   blk.TaskLock // the storage
+	growData  blk.TaskLock // the data file
+	refWrites blk.TaskLock // a refcount block is changed and written
+	fixed     atomic.Bool  // the storage has one size
+	alloc     blk.TaskLock // refs, scan, batch, and whoever changes counts: all down to maxBatch
 	refs      atomic.Pointer[refTable]
 	scan      int64 // no cluster below is free, as far as we know
 	batch     int64 // clusters to reserve next time
@@ -115,14 +115,6 @@ type Node struct {
 type backing struct {
 	node  blk.Node
 	named bool // the header names one: what is unallocated may show something even if node is nil
-}
-
-// taskLock is a mutex for which a task waits.
-type taskLock struct{ l blk.RangeLock }
-
-func (m *taskLock) lock(t *blk.Task) (unlock func()) {
-	r := m.l.Lock(t, 0, 1)
-	return func() { m.l.Unlock(r) }
 }
 
 // Open opens the image in storage and owns storage and Options.Data from then on, if it succeeds.
@@ -297,7 +289,7 @@ func (n *Node) beginChange(t *blk.Task) error {
 	if n.inPlace.Load() {
 		return nil
 	}
-	defer n.prepares.lock(t)()
+	defer n.prepares.Lock(t)()
 	if n.inPlace.Load() || n.corrupt.Load() {
 		return nil
 	}

@@ -310,7 +310,7 @@ func (n *Node) changeBlock(t *blk.Task, parts []refRun) (free []refRun, err erro
 		return nil, n.damage(t, "no refcount block for the cluster at %#x", parts[0].first<<n.clusterBits)
 	}
 	defer n.cache.unpin(b)
-	defer n.refWrites.lock(t)()
+	defer n.refWrites.Lock(t)()
 
 	base := index << n.refBits
 	last := parts[0].first
@@ -345,7 +345,7 @@ func (n *Node) changeBlock(t *blk.Task, parts []refRun) (free []refRun, err erro
 		n.suspect(suspect{
 			what: "refcount block",
 			again: func(t *blk.Task) error {
-				defer n.refWrites.lock(t)()
+				defer n.refWrites.Lock(t)()
 				return n.writeMeta(t, b.b[lo:hi], b.host+lo)
 			},
 			done: func() { n.cache.unpin(b) },

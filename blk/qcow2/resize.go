@@ -25,7 +25,7 @@ func (n *Node) Resize(t *blk.Task, size int64, shrink bool) error {
 }
 
 func (n *Node) resize(t *blk.Task, size int64, shrink bool) error {
-	defer n.resizing.lock(t)()
+	defer n.resizing.Lock(t)()
 	if size != n.Info().Size {
 		if err := n.checkBitmaps(t); err != nil { // before the ones that are up to date are marked
 			return err
@@ -156,7 +156,7 @@ func (n *Node) claimTable(t *blk.Task, clusters int64) (run, error) {
 		}
 		return r, err
 	}
-	defer n.alloc.lock(t)()
+	defer n.alloc.Lock(t)()
 	if err := n.settle(t); err != nil {
 		return run{}, err
 	}
@@ -165,7 +165,7 @@ func (n *Node) claimTable(t *blk.Task, clusters int64) (run, error) {
 
 // moveL1 writes a table of so many entries to its new place, and switches to it.
 func (n *Node) moveL1(t *blk.Task, entries int64, r run) error {
-	defer n.l1Lock.lock(t)()
+	defer n.l1Lock.Lock(t)()
 	old := n.l1.Load()
 	buf := blk.GetBuffer(int(r.count << n.clusterBits))
 	defer buf.Free()

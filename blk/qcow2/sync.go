@@ -5,38 +5,16 @@ package qcow2
 import (
 	"fmt"
 	"slices"
-	"sync/atomic"
 
 	"github.com/blkstream/blkstream/blk"
 )
 
 // Flushes, and metadata writes whose outcome is unknown.
 
-// syncer flushes a node for many at once: whoever waits while a flush runs is served by the next one.
-type syncer struct {
-	lock  taskLock
-	asked atomic.Int64
-	done  int64 // those who asked up to this one are served; under lock
-}
-
-func (s *syncer) sync(t *blk.Task, n blk.Node) error {
-	me := s.asked.Add(1)
-	defer s.lock.lock(t)()
-	if s.done >= me {
-		return nil
-	}
-	all := s.asked.Load()
-	if err := blk.Do(t, n, &blk.Request{Op: blk.OpFlush}); err != nil {
-		return err
-	}
-	s.done = all
-	return nil
-}
-
 // syncStorage makes all metadata durable that has been written, and guest data unless it is in a data file.
 func (n *Node) syncStorage(t *blk.Task) error {
 	seq := n.metaSeq.Load()
-	if err := n.syncs.sync(t, n.storage); err != nil {
+	if err := n.syncs.Sync(t, n.storage); err != nil {
 		return err
 	}
 	for {
@@ -50,7 +28,7 @@ func (n *Node) syncStorage(t *blk.Task) error {
 // syncData makes guest data durable that has been written.
 func (n *Node) syncData(t *blk.Task) error {
 	if n.dataFile {
-		return n.dataSyncs.sync(t, n.data)
+		return n.dataSyncs.Sync(t, n.data)
 	}
 	return n.syncStorage(t)
 }
@@ -78,7 +56,7 @@ func (n *Node) flush(t *blk.Task) error {
 	}
 	if n.unclean.Load() > 0 && !n.corrupt.Load() {
 		// Everything is durable already: an error here is the next allocation's.
-		defer n.alloc.lock(t)()
+		defer n.alloc.Lock(t)()
 		_ = n.reclaim(t)
 	}
 	return nil
@@ -119,7 +97,7 @@ func (n *Node) settle(t *blk.Task) error {
 	if n.doubts.Load() == 0 {
 		return nil
 	}
-	defer n.settling.lock(t)()
+	defer n.settling.Lock(t)()
 	n.mu.Lock()
 	todo := n.suspects
 	n.suspects = nil
@@ -170,7 +148,7 @@ func (n *Node) quiesce(t *blk.Task) error {
 
 // writeHeader changes the header, durably. The first sector, which holds all numbers, goes last and at once.
 func (n *Node) writeHeader(t *blk.Task, change func(*Header)) error {
-	defer n.headerLock.lock(t)()
+	defer n.headerLock.Lock(t)()
 	n.mu.Lock()
 	h := n.header
 	n.mu.Unlock()
@@ -180,7 +158,7 @@ func (n *Node) writeHeader(t *blk.Task, change func(*Header)) error {
 	}
 	if err := n.storeHeader(t, &h); err != nil {
 		n.suspect(suspect{what: "header", again: func(t *blk.Task) error {
-			defer n.headerLock.lock(t)()
+			defer n.headerLock.Lock(t)()
 			h := n.Header()
 			err := n.storeHeader(t, h)
 			n.headerBad.Store(err != nil)

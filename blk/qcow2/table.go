@@ -293,14 +293,14 @@ func (n *Node) writeNewTable(t *blk.Task, tab, old *table, fresh bool) error {
 
 // setL1 writes an L1 entry, and publishes it together with what publish does.
 func (n *Node) setL1(t *blk.Task, i int64, e l1Entry, publish func()) error {
-	defer n.l1Lock.lock(t)()
+	defer n.l1Lock.Lock(t)()
 	if n.headerBad.Load() {
 		return fmt.Errorf("write L1 entry %d: the header may point to another table: %w", i, syscall.EIO)
 	}
 	first := roundDown(i*8, n.block) / 8
 	if err := n.writeL1(t, first, i, e); err != nil {
 		n.suspect(suspect{what: "L1 table", again: func(t *blk.Task) error {
-			defer n.l1Lock.lock(t)()
+			defer n.l1Lock.Lock(t)()
 			return n.writeL1(t, first, -1, 0)
 		}})
 		return fmt.Errorf("write L1 entry %d: %w", i, err)
