@@ -128,9 +128,8 @@ func (d *Daemon) backup(req *control.BackupRequest) (*job.Job, error) {
 	if err != nil {
 		return nil, err
 	}
-	if j := d.jobs.OnDisk(k.spec.ID); j != nil {
-		return nil, control.Errorf(control.ErrPrecondition, "job %s works on disk %q already: wait for its end or cancel it",
-			j.Record().ID, k.spec.ID)
+	if err := k.free(); err != nil {
+		return nil, err
 	}
 	if !r.Existing {
 		if err := d.createBackup(k, req, r); err != nil {

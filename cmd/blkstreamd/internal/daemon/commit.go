@@ -51,8 +51,8 @@ func (d *Daemon) commit(req *control.CommitRequest) (*job.Job, error) {
 		return nil, control.Errorf(control.ErrPrecondition, "disk %q: the configuration names the images behind it (backing = …): "+
 			"let the images name them, with `blkstream image rebase -u`", req.Disk)
 	}
-	if j := d.jobs.OnDisk(req.Disk); j != nil {
-		return nil, control.Errorf(control.ErrPrecondition, "job %s works on disk %q already: wait for its end or cancel it", j.Record().ID, req.Disk)
+	if err := k.free(); err != nil {
+		return nil, err
 	}
 	chain := k.image().Chain
 	top, base := 0, 1

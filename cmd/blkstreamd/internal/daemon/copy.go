@@ -144,9 +144,8 @@ func (d *Daemon) copy(req *control.CopyRequest) (*job.Job, error) {
 	if err != nil {
 		return nil, err
 	}
-	if j := d.jobs.OnDisk(k.spec.ID); j != nil {
-		return nil, control.Errorf(control.ErrPrecondition, "job %s works on disk %q already: wait for its end or cancel it",
-			j.Record().ID, k.spec.ID)
+	if err := k.free(); err != nil {
+		return nil, err
 	}
 	if r.Method == methodStream {
 		return d.copyByStream(k, r)

@@ -37,8 +37,8 @@ func (k *disk) copyOnRead() bool {
 
 // setCopyOnRead switches copy on read of a running disk. It is recorded, so that it stays after a restart.
 func (k *disk) setCopyOnRead(ctx context.Context, on bool) error {
-	if j := k.d.jobs.OnDisk(k.spec.ID); j != nil {
-		return control.Errorf(control.ErrPrecondition, "job %s works on disk %q: wait for its end or cancel it", j.Record().ID, k.spec.ID)
+	if err := k.free(); err != nil {
+		return err
 	}
 	if on {
 		spec := k.spec

@@ -487,6 +487,14 @@ func (k *disk) hint(image, format string) string {
 	return fmt.Sprintf(`the disk has moved: change line %d of %s to image = "%s`, k.d.file.ImageLine(k.spec.ID), k.d.file.Path, image)
 }
 
+// free refuses what cannot be done while a job works on the disk.
+func (k *disk) free() error {
+	if j := k.d.jobs.OnDisk(k.spec.ID); j != nil {
+		return control.Errorf(control.ErrPrecondition, "job %s works on disk %q: wait for its end or cancel it", j.Record().ID, k.spec.ID)
+	}
+	return nil
+}
+
 // resize changes the image's size and tells the guest.
 func (k *disk) resize(ctx context.Context, size int64) error {
 	if size <= 0 || size%int64(k.spec.BlockSize) != 0 {
@@ -495,8 +503,8 @@ func (k *disk) resize(ctx context.Context, size int64) error {
 	if k.spec.ReadOnly {
 		return control.Errorf(control.ErrPrecondition, "disk %q is read-only", k.spec.ID)
 	}
-	if j := k.d.jobs.OnDisk(k.spec.ID); j != nil {
-		return control.Errorf(control.ErrPrecondition, "job %s works on disk %q: wait for its end or cancel it", j.Record().ID, k.spec.ID)
+	if err := k.free(); err != nil {
+		return err
 	}
 	if k.record().Format == image.AddCow {
 		return control.Errorf(control.ErrPrecondition, "disk %q has the size of its image file: stream it first, so that it is on that alone", k.spec.ID)

@@ -170,8 +170,8 @@ func (s *service) DiskRemove(_ context.Context, r *control.DiskRemoveRequest) (*
 	if err != nil {
 		return nil, err
 	}
-	if j := s.d.jobs.OnDisk(r.Id); j != nil {
-		return nil, control.Errorf(control.ErrPrecondition, "job %s works on disk %q: wait for its end or cancel it", j.Record().ID, r.Id)
+	if err := k.free(); err != nil {
+		return nil, err
 	}
 	if k.server.Connected() {
 		return nil, control.Errorf(control.ErrPrecondition, "a guest uses disk %q: unplug it there first", r.Id)

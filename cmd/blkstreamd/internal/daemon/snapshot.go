@@ -144,8 +144,8 @@ func (d *Daemon) snapshotCovers(req *control.SnapshotRequest) ([]*cover, error) 
 			return nil, control.Errorf(control.ErrPrecondition, "disk %q has lock = %q, which goes with raw images only, and an overlay is qcow2",
 				s.Disk, lockRunning)
 		}
-		if j := d.jobs.OnDisk(s.Disk); j != nil {
-			return nil, control.Errorf(control.ErrPrecondition, "job %s works on disk %q: wait for its end or cancel it", j.Record().ID, s.Disk)
+		if err := k.free(); err != nil {
+			return nil, err
 		}
 		if err := d.checkRoots(c.path); err != nil {
 			return nil, err

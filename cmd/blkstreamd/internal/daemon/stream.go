@@ -90,9 +90,8 @@ func (d *Daemon) stream(req *control.StreamRequest) (*job.Job, error) {
 	if err != nil {
 		return nil, err
 	}
-	if j := d.jobs.OnDisk(k.spec.ID); j != nil {
-		return nil, control.Errorf(control.ErrPrecondition, "job %s works on disk %q already: wait for its end or cancel it",
-			j.Record().ID, k.spec.ID)
+	if err := k.free(); err != nil {
+		return nil, err
 	}
 	k, r, err := d.streamRecord(req)
 	if err != nil {
