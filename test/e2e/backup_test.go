@@ -59,7 +59,7 @@ func TestBackupChain(t *testing.T) {
 	one, was := back("one", "--base", full)
 	done("one", one, was)
 
-	dead, _ := back("dead", "--base", one)
+	dead, _ := back("dead", "--base", one, "--speed", "64K")
 	progress(t, g, 0, 50)
 	must(t, d.Kill())
 	must(t, d.Start())

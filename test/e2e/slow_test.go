@@ -65,10 +65,10 @@ func TestStreamFromSlowBase(t *testing.T) {
 	must(t, g.StartWriter(0, mixed, filled))
 	begin := time.Now()
 	cli(t, d, 0, "stream", "disk0", "--id", "j")
-	progress(t, g, 0, 20)
 	if job, err := d.Job("j"); err != nil || job.State != "running" {
 		t.Errorf("the base was not slow: %+v, %v", job, err)
 	}
+	progress(t, g, 0, 5)
 	must(t, d.Kill())
 	must(t, d.Start())
 	cli(t, d, 0, "job", "watch", "j")
