@@ -298,30 +298,34 @@ func commit(w *world, rng *rand.Rand) *command {
 	}
 }
 
-// backup is of the whole disk, or of what a bitmap has recorded since the backup before.
 func backup(w *world, rng *rand.Rand) *command {
+	name := ""
+	if names := w.bitmapNames(); len(names) > 0 && rng.IntN(5) > 0 {
+		name = pick(rng, names...)
+	}
+	return backupOf(w, rng, name, rng.IntN(4) == 0)
+}
+
+// backupOf is of what a bitmap has recorded since the backup before, or of the whole disk.
+func backupOf(w *world, rng *rand.Rand, name string, full bool) *command {
 	r := &control.BackupRequest{
 		Disk: diskID, Id: w.name("backup"), Target: filepath.Join(w.dir, w.name("target")), Format: pick(rng, image.Raw, image.Qcow2),
-		Speed: pick[int64](rng, 0, 256<<10, 1<<20, 4<<20), OnCbwError: pick(rng, "", "hold"),
+		Speed: pick[int64](rng, 0, 256<<10, 1<<20, 4<<20), OnCbwError: pick(rng, "", "hold"), Bitmap: name,
 	}
-	var b *bitmap
-	if names := w.bitmapNames(); len(names) > 0 && rng.IntN(5) > 0 {
-		r.Bitmap = pick(rng, names...)
-		b = w.bitmaps[r.Bitmap]
-	}
+	b := w.bitmaps[name]
 	var behind layer // in the end
-	switch way := rng.IntN(4); {
-	case b == nil || b.since.path == "" || way == 0:
+	switch way := rng.IntN(3); {
+	case b == nil || b.since.path == "" || full:
 		r.Full = b != nil
 		if r.Format == image.Raw && rng.IntN(2) == 0 {
 			r.Existing = true
 			w.stale(r.Target)
 		}
-	case way == 1: // the backup before is brought up to date
+	case way == 0: // the backup before is brought up to date
 		r.Target, r.Format, r.Existing = b.since.path, b.since.format, true
 		w.qemuImg("resize", "-q", "-f", r.Format, r.Target, fmt.Sprint(len(w.model)))
 		behind = b.behind
-	case way == 2:
+	case way == 1:
 		r.Format, r.Base, r.BaseFormat = image.Qcow2, b.since.path, b.since.format
 		behind = b.since
 	default: // the backup before is put behind it afterwards

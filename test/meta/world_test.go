@@ -637,6 +637,7 @@ func (w *world) end() {
 		w.switchOver(nil)
 	}
 	w.check()
+	w.lastBackups()
 	w.must(w.g.Close())
 	w.g = nil
 	w.stop()
@@ -652,6 +653,19 @@ func (w *world) end() {
 	}
 	if log := w.d.Log(); strings.Contains(log, "level=ERROR") || strings.Contains(log, "panic") {
 		w.Error("the daemon's log has errors")
+	}
+}
+
+// lastBackups takes one with each bitmap that goes with an image.
+func (w *world) lastBackups() {
+	w.Helper()
+	for _, name := range w.bitmapNames() {
+		if b := w.bitmaps[name]; b.since.path != "" {
+			c := backupOf(w, rand.New(rand.NewPCG(uint64(w.made), 4)), name, false)
+			w.must(w.call(c.what, c.call))
+			w.begun(c, contents{states: [][]byte{w.model}})
+			w.finish()
+		}
 	}
 }
 

@@ -102,7 +102,8 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 		return fmt.Errorf("%s:%d: disk %q was moved to %s, which is %s, but the configuration says %s: write format = %q",
 			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, r.Format, spec.Format, r.Format)
 	default:
-		r = record{Image: spec.Image, Format: spec.Format, CacheOff: r.CacheOff, CopyOnRead: r.CopyOnRead}
+		// Where it was before, if that is so, is of use for its bitmaps only.
+		r = record{Image: spec.Image, Format: spec.Format, Moved: r.Moved, CacheOff: r.CacheOff, CopyOnRead: r.CopyOnRead}
 		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
 			return err
 		}
@@ -110,6 +111,11 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 	k, err := d.startDisk(spec, r)
 	if err != nil {
 		return fmt.Errorf("%s:%d: disk %q: %w", d.file.Path, d.file.ImageLine(spec.ID), spec.ID, err)
+	}
+	if r.Image == spec.Image && len(r.Moved) > 0 {
+		if err := k.forgetMoves(); err != nil {
+			return err
+		}
 	}
 	if w := k.warning(); w != "" {
 		d.opts.Log.Warn(w, "disk", spec.ID)
@@ -416,6 +422,15 @@ func (k *disk) moveTo(image, format string) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.saveLocked(k.rec.move(image, format))
+}
+
+// forgetMoves is for when the configuration names the image that the disk is on, and its bitmaps know that, too.
+func (k *disk) forgetMoves() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	r := k.rec
+	r.Moved = nil
+	return k.saveLocked(r)
 }
 
 // saveLocked replaces the record. If the journal fails half-way the old one is written again, so that there is no doubt.
