@@ -10,7 +10,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -35,8 +37,8 @@ type task struct {
 
 // kinds are the operations, and how often they come.
 //
-// A further job (backup, bitmaps, a copy to add-cow) gets a line here and a function beside mirror, stream and commit
-// that makes the command; kill and the others then work on it as on any job.
+// A further job gets a line here and a function beside mirror, stream and commit that makes the command; kill and the
+// others then work on it as on any job.
 var kinds = []struct {
 	name   string
 	weight int
@@ -47,11 +49,14 @@ var kinds = []struct {
 	{"snapshot", 6, begin(snapshot)},
 	{"mirror", 6, begin(mirror)},
 	{"copy by stream", 3, begin(copyByStream)},
+	{"copy to add-cow", 3, begin(copyToAddCow)},
 	{"stream", 6, begin(stream)},
 	{"commit", 6, begin(commit)},
+	{"bitmap", 6, changeBitmap},
+	{"backup", 9, begin(backup)},
 	{"pause", 3, pause},
 	{"resume", 3, resume},
-	{"cancel", 2, cancel},
+	{"cancel", 3, cancel},
 	{"finish", 5, finish},
 	{"dismiss", 1, dismiss},
 	{"grow", 1, grow},
@@ -64,13 +69,18 @@ var kinds = []struct {
 // command starts a job, or takes a snapshot.
 type command struct {
 	what    string
-	id      string // of the job; "": it is a snapshot
+	id      string // of the job; "": it is done when it is answered
 	call    func(ctx context.Context, c *control.Client) error
 	moves   string               // the image that the disk is on when the command is carried out; "": no other one
+	lands   string               // the one that it is on in the end, if that is yet another one
+	bitmap  string               // that a backup uses, or that begins with nothing in it
 	begin   func(s contents)     // what is so from then on, when the disk held s
 	end     func(j *control.Job) // and when the job has ended, and has not failed
+	unsure  func(s contents)     // what is so after a crash of which it is not known whether it came before
 	manual  bool                 // it waits for the switch
 	mayFail bool                 // a crash came in between
+	mortal  bool                 // it ends with the daemon
+	over    bool                 // and that has ended
 }
 
 // begin carries out a command while the guest goes on. A job that is at work is finished first, now and then.
@@ -111,9 +121,10 @@ func (w *world) begun(c *command, s contents) {
 	if c.id != "" {
 		w.job = c
 		w.poll()
-	} else {
+	} else if w.job == nil {
 		w.checkChain()
 	}
+	w.checkBitmaps()
 }
 
 // The commands.
@@ -125,12 +136,12 @@ func pick[T any](rng *rand.Rand, from ...T) T { return from[rng.IntN(len(from))]
 func speed(rng *rand.Rand) int64 { return pick[int64](rng, 0, 1<<20, 4<<20, 16<<20) }
 
 // overlay is a new image over the disk's.
-func (w *world) overlay(path string) func(contents) {
+func (w *world) overlay(path, format string) func(contents) {
 	return func(s contents) {
 		old := w.chain[0].path
 		w.keep(old, s)
 		w.behind[path] = old
-		w.chain = append([]layer{{path, image.Qcow2}}, w.chain...)
+		w.chain = append([]layer{{path, format}}, w.chain...)
 		w.files = append(w.files, w.chain[0])
 	}
 }
@@ -140,14 +151,11 @@ func snapshot(w *world, rng *rand.Rand) *command {
 		return nil
 	}
 	path := filepath.Join(w.dir, w.name("overlay"))
-	existing := rng.IntN(2) == 0
+	existing := rng.IntN(2) == 0 && w.chain[0].format != image.AddCow // which qemu-img does not know
 	if existing {
 		cluster := pick(rng, clusters...)
 		o := fmt.Sprintf("cluster_size=%d,extended_l2=%v", cluster, cluster >= 64<<10 && rng.IntN(2) == 0)
-		args := []string{"create", "-q", "-u", "-f", "qcow2", "-o", o, "-b", w.chain[0].path, "-F", w.chain[0].format, path, fmt.Sprint(len(w.model))}
-		if out, err := exec.Command("qemu-img", args...).CombinedOutput(); err != nil {
-			w.Fatalf("qemu-img %v: %v: %s", args, err, out)
-		}
+		w.qemuImg("create", "-q", "-u", "-f", "qcow2", "-o", o, "-b", w.chain[0].path, "-F", w.chain[0].format, path, fmt.Sprint(len(w.model)))
 	}
 	return &command{
 		what: fmt.Sprintf("snapshot %s, existing %v", path, existing), moves: path,
@@ -155,7 +163,7 @@ func snapshot(w *world, rng *rand.Rand) *command {
 			_, err := c.Snapshot(ctx, &control.SnapshotRequest{Disks: []*control.SnapshotDisk{{Disk: diskID, Overlay: path}}, Existing: existing})
 			return err
 		},
-		begin: w.overlay(path),
+		begin: w.overlay(path, image.Qcow2),
 	}
 }
 
@@ -200,8 +208,28 @@ func copyByStream(w *world, rng *rand.Rand) *command {
 	return &command{
 		what: fmt.Sprint("copy ", r), id: r.Id, moves: r.Target,
 		call:  func(ctx context.Context, c *control.Client) error { _, err := c.Copy(ctx, r); return err },
-		begin: w.overlay(r.Target),
+		begin: w.overlay(r.Target, image.Qcow2),
 		end:   func(j *control.Job) { w.left(j, base+1) },
+	}
+}
+
+// copyToAddCow ends on a raw file, which may hold anything when it begins.
+func copyToAddCow(w *world, rng *rand.Rand) *command {
+	if len(w.chain) > 8 {
+		return nil
+	}
+	r := &control.CopyRequest{
+		Disk: diskID, Id: w.name("to-add-cow"), Target: filepath.Join(w.dir, w.name("target")), Method: "stream", Format: image.AddCow,
+		Speed: speed(rng), Existing: rng.IntN(2) == 0,
+	}
+	if r.Existing {
+		w.stale(r.Target)
+	}
+	return &command{
+		what: fmt.Sprint("copy ", r), id: r.Id, moves: r.Target + addCowExt, lands: r.Target,
+		call:  func(ctx context.Context, c *control.Client) error { _, err := c.Copy(ctx, r); return err },
+		begin: w.overlay(r.Target+addCowExt, image.AddCow),
+		end:   func(j *control.Job) { w.left(j, len(w.chain)) },
 	}
 }
 
@@ -209,6 +237,11 @@ func copyByStream(w *world, rng *rand.Rand) *command {
 func (w *world) left(j *control.Job, base int) {
 	if j.State != job.StateCompleted {
 		return
+	}
+	if top := w.chain[0]; top.format == image.AddCow { // its image file is the disk from now on
+		w.files = slices.DeleteFunc(w.files, func(l layer) bool { return l == top })
+		w.chain[0] = layer{strings.TrimSuffix(top.path, addCowExt), image.Raw}
+		w.files = append(w.files, w.chain[0])
 	}
 	w.chain = append([]layer{w.chain[0]}, w.chain[base:]...)
 	delete(w.behind, w.chain[0].path)
@@ -223,7 +256,7 @@ func stream(w *world, rng *rand.Rand) *command {
 		return nil
 	}
 	r := &control.StreamRequest{Disk: diskID, Id: w.name("stream"), Speed: speed(rng)}
-	if base > 2 && rng.IntN(2) == 0 {
+	if base > 2 && rng.IntN(2) == 0 && w.chain[0].format != image.AddCow { // behind which no base stays
 		base = 2 + rng.IntN(base-2)
 		r.Base = w.chain[base].path
 	}
@@ -241,6 +274,9 @@ func commit(w *world, rng *rand.Rand) *command {
 	}
 	top := rng.IntN(n - 1)
 	base := top + 1 + rng.IntN(n-1-top)
+	if slices.ContainsFunc(w.chain[max(top-1, 0):base+1], func(l layer) bool { return l.format == image.AddCow }) {
+		return nil
+	}
 	r := &control.CommitRequest{Disk: diskID, Id: w.name("commit"), Top: w.chain[top].path, Base: w.chain[base].path, Speed: speed(rng)}
 	return &command{
 		what: fmt.Sprint("commit ", r), id: r.Id,
@@ -260,6 +296,124 @@ func commit(w *world, rng *rand.Rand) *command {
 			w.chain = append(w.chain[:top:top], w.chain[base:]...)
 		},
 	}
+}
+
+func backup(w *world, rng *rand.Rand) *command {
+	name := ""
+	if names := w.bitmapNames(); len(names) > 0 && rng.IntN(5) > 0 {
+		name = pick(rng, names...)
+	}
+	return backupOf(w, rng, name, rng.IntN(4) == 0)
+}
+
+// backupOf is of what a bitmap has recorded since the backup before, or of the whole disk.
+func backupOf(w *world, rng *rand.Rand, name string, full bool) *command {
+	r := &control.BackupRequest{
+		Disk: diskID, Id: w.name("backup"), Target: filepath.Join(w.dir, w.name("target")), Format: pick(rng, image.Raw, image.Qcow2),
+		Speed: pick[int64](rng, 0, 256<<10, 1<<20, 4<<20), OnCbwError: pick(rng, "", "hold"), Bitmap: name,
+	}
+	b := w.bitmaps[name]
+	var behind layer // in the end
+	switch way := rng.IntN(3); {
+	case b == nil || b.since.path == "" || full:
+		r.Full = b != nil
+		if r.Format == image.Raw && rng.IntN(2) == 0 {
+			r.Existing = true
+			w.stale(r.Target)
+		}
+	case way == 0: // the backup before is brought up to date
+		r.Target, r.Format, r.Existing = b.since.path, b.since.format, true
+		w.qemuImg("resize", "-q", "-f", r.Format, r.Target, fmt.Sprint(len(w.model)))
+		behind = b.behind
+	case way == 1:
+		r.Format, r.Base, r.BaseFormat = image.Qcow2, b.since.path, b.since.format
+		behind = b.since
+	default: // the backup before is put behind it afterwards
+		r.Format = image.Qcow2
+		behind = b.since
+	}
+	if r.Format == image.Qcow2 && !r.Existing {
+		r.ClusterSize = pick(rng, clusters...)
+	}
+	later := behind.path != "" && !r.Existing && r.Base == ""
+	var held contents
+	return &command{
+		what: fmt.Sprint("backup ", r), id: r.Id, bitmap: r.Bitmap, mortal: true,
+		call:  func(ctx context.Context, c *control.Client) error { _, err := c.Backup(ctx, r); return err },
+		begin: func(s contents) { held = s },
+		end: func(j *control.Job) {
+			if j.State != job.StateCompleted {
+				return // and the bitmap says all that has changed since the backup before, still
+			}
+			l := layer{r.Target, r.Format}
+			if later {
+				w.qemuImg("rebase", "-u", "-f", l.format, "-b", behind.path, "-F", behind.format, l.path)
+			}
+			w.checkBackup(l, behind, held)
+			if b != nil {
+				b.since, b.behind = l, behind
+			}
+		},
+	}
+}
+
+// bitmapCommand adds, clears or removes a bitmap.
+func bitmapCommand(w *world, rng *rand.Rand) *command {
+	names := w.bitmapNames()
+	kind := "add"
+	if len(names) > 0 {
+		kind = pick(rng, "add", "clear", "clear", "remove")
+		if len(names) > 3 {
+			kind = "remove"
+		}
+	}
+	if kind == "add" {
+		r := &control.BitmapAddRequest{Disk: diskID, Name: w.name("bitmap"), Granularity: pick[int64](rng, 0, 4096, 1<<20)}
+		begin := func(s contents) { w.bitmaps[r.Name] = &bitmap{since: w.known(s)} }
+		return &command{
+			what: fmt.Sprint("bitmap add ", r), bitmap: r.Name, begin: begin,
+			call: func(ctx context.Context, c *control.Client) error { _, err := c.BitmapAdd(ctx, r); return err },
+			unsure: func(s contents) {
+				if w.listed()[r.Name] != nil {
+					begin(s)
+				}
+			},
+		}
+	}
+	name := pick(rng, names...)
+	if kind == "clear" {
+		r := &control.BitmapClearRequest{Disk: diskID, Name: name}
+		// If it is not known whether it was done, the bitmap may say more than it must.
+		begin := func(s contents) { *w.bitmaps[name] = bitmap{since: w.known(s)} }
+		return &command{
+			what: fmt.Sprint("bitmap clear ", r), bitmap: name, begin: begin, unsure: begin,
+			call: func(ctx context.Context, c *control.Client) error { _, err := c.BitmapClear(ctx, r); return err },
+		}
+	}
+	r := &control.BitmapRemoveRequest{Disk: diskID, Name: name}
+	return &command{
+		what:  fmt.Sprint("bitmap remove ", r),
+		call:  func(ctx context.Context, c *control.Client) error { _, err := c.BitmapRemove(ctx, r); return err },
+		begin: func(contents) { delete(w.bitmaps, name) },
+		unsure: func(contents) {
+			if m := w.listed()[name]; m == nil || m.State != "recording" { // one that is left in the image records nothing
+				delete(w.bitmaps, name)
+			}
+		},
+	}
+}
+
+// changeBitmap does that whatever job is at work.
+func changeBitmap(w *world, t task, rng *rand.Rand) {
+	c := bitmapCommand(w, rng)
+	s := w.during(t.load, func() {
+		w.Logf("    %s", c.what)
+		w.must(w.call(c.what, c.call))
+	})
+	if m := w.listed()[c.bitmap]; len(t.load) == 0 && m.GetDirtyBytes() > 0 {
+		w.Fatalf("%s: it says at once that something was written: %v", c.what, m)
+	}
+	w.begun(c, s)
 }
 
 // What is done to jobs and to the daemon.
@@ -334,11 +488,24 @@ func dismiss(w *world, t task, _ *rand.Rand) {
 }
 
 // grow needs a disk without a job.
-func grow(w *world, t task, _ *rand.Rand) {
+func grow(w *world, t task, rng *rand.Rand) {
 	if w.finish() {
 		w.switchOver(nil)
 	}
 	size := int64(len(w.model)) + t.grow
+	if w.chain[0].format == image.AddCow {
+		err := w.call("disk resize", func(ctx context.Context, c *control.Client) error {
+			_, err := c.DiskResize(ctx, &control.DiskResizeRequest{Id: diskID, Size: size})
+			return err
+		}, control.ErrPrecondition)
+		if err == nil {
+			w.Fatal("a disk on an add-cow image was resized")
+		}
+		c := stream(w, rng) // onto the image file, which can grow
+		w.must(w.call(c.what, c.call))
+		w.begun(c, contents{})
+		w.finish()
+	}
 	w.during(t.load, func() {
 		w.must(w.call("disk resize", func(ctx context.Context, c *control.Client) error {
 			_, err := c.DiskResize(ctx, &control.DiskResizeRequest{Id: diskID, Size: size})
@@ -354,17 +521,21 @@ func delay(rng *rand.Rand, most time.Duration) time.Duration {
 
 // kill is a crash of the daemon's. The guest waits for the next one, which finishes what was in flight.
 func kill(w *world, t task, rng *rand.Rand) {
+	if soaking && rng.IntN(8) == 0 {
+		time.Sleep(5 * time.Second) // until no region is on the log of the bitmaps, and only their files count
+	}
 	w.during(t.load, func() {
 		time.Sleep(delay(rng, 20*time.Millisecond))
 		w.kill()
 		w.start()
 	})
 	w.poll()
+	w.checkBitmaps()
 }
 
 // killInCommand is a crash while a command is carried out: it has been, or it has not.
 func killInCommand(w *world, t task, rng *rand.Rand) {
-	prepare := pick(rng, snapshot, mirror, copyByStream, stream, commit)
+	prepare := pick(rng, snapshot, mirror, copyByStream, copyToAddCow, stream, commit, bitmapCommand, backup)
 	c := w.prepared(prepare, rng)
 	if ready := c == nil && w.job != nil && w.poll().GetState() == job.StateReady && w.job.manual; ready && rng.IntN(2) == 0 {
 		killInSwitch(w, t, rng)
@@ -376,7 +547,12 @@ func killInCommand(w *world, t task, rng *rand.Rand) {
 	}
 	w.Logf("    %s", c.what)
 	answered := make(chan error, 1)
-	s := w.during(t.load, func() {
+	load := t.load
+	if c.unsure != nil && rng.IntN(2) == 0 { // what the disk holds then is known
+		w.during(load, func() {})
+		load = nil
+	}
+	s := w.during(load, func() {
 		client := w.c
 		ctx, cancel := w.ctx()
 		defer cancel()
@@ -386,6 +562,15 @@ func killInCommand(w *world, t task, rng *rand.Rand) {
 		w.start()
 	})
 	known := <-answered == nil
+	if c.unsure != nil {
+		if !known {
+			c.begin = c.unsure
+		}
+		w.Logf("    after the crash: answered %v", known)
+		w.begun(c, s)
+		return
+	}
+	c.over = c.mortal
 	if c.id != "" && !known {
 		_ = w.call("job show", func(ctx context.Context, cl *control.Client) error {
 			_, err := cl.JobShow(ctx, &control.JobShowRequest{Id: c.id})
@@ -399,7 +584,7 @@ func killInCommand(w *world, t task, rng *rand.Rand) {
 	moved := false
 	w.must(w.call("disk show", func(ctx context.Context, cl *control.Client) error {
 		k, err := cl.DiskShow(ctx, &control.DiskShowRequest{Id: diskID})
-		moved = c.moves != "" && k.GetImage() == c.moves
+		moved = c.moves != "" && (k.GetImage() == c.moves || k.GetImage() == c.lands)
 		return err
 	}))
 	w.Logf("    after the crash: known %v, moved %v", known, moved)
@@ -462,6 +647,7 @@ func lose(w *world, t task, rng *rand.Rand) {
 		w.must(w.carryOut(b))
 	}
 	w.poll()
+	w.checkBitmaps()
 }
 
 // restart is in order. A job that is at work waits for the next daemon: only without one it is known what the disk is
@@ -476,6 +662,7 @@ func restart(w *world, t task, _ *rand.Rand) {
 		w.start()
 	})
 	w.poll()
+	w.checkBitmaps()
 }
 
 // jobsList makes up the operations.
@@ -493,7 +680,7 @@ func jobsList(rng *rand.Rand, size int64, n int) (all []task) {
 		t := task{kind: kinds[i].name, seed: rng.Uint64()}
 		batches := rng.IntN(3)
 		switch t.kind {
-		case "snapshot", "copy by stream", "finish", "cancel": // of which one instant is kept
+		case "snapshot", "copy by stream", "copy to add-cow", "bitmap", "backup", "finish", "cancel": // of which one instant is kept
 			batches = rng.IntN(2)
 		case "kill", "kill in a command", "lose the guest, too", "restart", "io":
 			batches = 1 + rng.IntN(4)
@@ -535,6 +722,9 @@ func playJobs(t *testing.T, s setting, start []byte, tasks []task) []byte {
 	return w.model
 }
 
+// soaking: there is time.
+var soaking bool
+
 func TestJobs(t *testing.T) {
 	for _, tool := range []string{"qemu-img"} {
 		if _, err := exec.LookPath(tool); err != nil && os.Getenv("CI") == "" {
@@ -542,6 +732,7 @@ func TestJobs(t *testing.T) {
 		}
 	}
 	if soak, err := time.ParseDuration(os.Getenv("BLKSTREAM_SOAK")); err == nil {
+		soaking = true
 		for deadline := time.Now().Add(soak); time.Now().Before(deadline) && !t.Failed(); {
 			jobsOf(t, anySeed(), 120)
 		}

@@ -57,9 +57,18 @@ type world struct {
 	kept   map[string]contents
 	behind map[string]string
 
+	bitmaps map[string]*bitmap // by name
+
 	made  int               // files and jobs, for their names
 	job   *command          // the one at work
 	ended map[string]string // the states of jobs that are listed still
+}
+
+// bitmap is one of the disk's dirty bitmaps.
+type bitmap struct {
+	// since holds what the disk held when the bitmap began, and with what the bitmap names all that it holds now. Its path
+	// is empty if that was not known. behind is what that image has behind it.
+	since, behind layer
 }
 
 // contents are those of one instant while the guest wrote: each sector is as in one of these states of the disk, which
@@ -122,7 +131,15 @@ var settings = []setting{
 		{Format: image.Raw},
 		qcow2Layer(qcow2.CreateOptions{ClusterSize: 2048, LazyRefcounts: true}),
 	}},
+	{name: "add-cow", cor: true, layers: []image.CreateOptions{
+		{Format: image.Raw},
+		qcow2Layer(qcow2.CreateOptions{ClusterSize: 4096}),
+		{Format: image.AddCow},
+	}},
 }
+
+// addCowExt is after the name of its image file in the name of an add-cow image.
+const addCowExt = ".add-cow"
 
 var programs = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "bsbin")
@@ -151,6 +168,7 @@ func newWorld(t *testing.T, s setting, start []byte) *world {
 	}
 	w := &world{
 		T: t, dir: t.TempDir(), model: bytes.Clone(start), kept: map[string]contents{}, behind: map[string]string{}, ended: map[string]string{},
+		bitmaps: map[string]*bitmap{},
 	}
 	w.build(s)
 	top := w.chain[0]
@@ -180,6 +198,9 @@ func (w *world) build(s setting) {
 	task := blk.NewTask()
 	for i, o := range s.layers {
 		l := layer{filepath.Join(w.dir, fmt.Sprint("start", i)), o.Format}
+		if o.Format == image.AddCow {
+			l.path, o.ImageFile = l.path+addCowExt, filepath.Base(l.path)
+		}
 		o.Size = size - int64(len(s.layers)-1-i)*piece*4
 		if i > 0 {
 			o.BackingFile, o.BackingFormat = filepath.Base(w.chain[0].path), w.chain[0].format
@@ -269,6 +290,9 @@ func (w *world) hangs(what string) {
 // start starts the daemon.
 func (w *world) start() {
 	w.Helper()
+	if w.job != nil {
+		w.job.over = w.job.mortal
+	}
 	w.must(w.d.Start())
 	var err error
 	w.c, err = control.Dial(w.d.Control())
@@ -476,7 +500,10 @@ func (w *world) poll() *control.Job {
 	if j == nil {
 		w.Fatalf("job %s is not there any more", w.job.id)
 	}
-	if j.State == job.StateFailed && !w.job.mayFail {
+	if w.job.over && !job.Ended(j.State) {
+		w.Fatalf("job %s goes on in another daemon: %v", j.Id, j)
+	}
+	if j.State == job.StateFailed && !w.job.mayFail && !w.job.over {
 		w.Fatalf("job %s failed: %v", j.Id, j)
 	}
 	if j.Error != "" && j.State != job.StateFailed {
@@ -491,6 +518,7 @@ func (w *world) poll() *control.Job {
 			end(j)
 		}
 		w.checkChain()
+		w.checkBitmaps()
 	}
 	return j
 }
@@ -565,6 +593,20 @@ func (w *world) checkChain() {
 
 func (w *world) checkFiles() {
 	w.Helper()
+	if w.throughAddCow(w.chain[0]) {
+		for i, l := range w.chain {
+			info, err := image.Describe(l.path, l.format, false, image.Options{Unlocked: true})
+			w.must(err)
+			var behind layer
+			if i+1 < len(w.chain) {
+				behind = w.chain[i+1]
+			}
+			if got := (layer{info[0].FullBacking, info[0].BackingFormat}); got != behind {
+				w.Fatalf("%v names %v, want %v", l, got, behind)
+			}
+		}
+		return
+	}
 	out, err := exec.Command("qemu-img", "info", "-U", "--backing-chain", "--output=json", "-f", w.chain[0].format, w.chain[0].path).Output()
 	w.must(err)
 	var infos []struct {
@@ -595,6 +637,7 @@ func (w *world) end() {
 		w.switchOver(nil)
 	}
 	w.check()
+	w.lastBackups()
 	w.must(w.g.Close())
 	w.g = nil
 	w.stop()
@@ -613,10 +656,34 @@ func (w *world) end() {
 	}
 }
 
+// lastBackups takes one with each bitmap that goes with an image.
+func (w *world) lastBackups() {
+	w.Helper()
+	for _, name := range w.bitmapNames() {
+		if b := w.bitmaps[name]; b.since.path != "" {
+			c := backupOf(w, rand.New(rand.NewPCG(uint64(w.made), 4)), name, false)
+			w.must(w.call(c.what, c.call))
+			w.begun(c, contents{states: [][]byte{w.model}})
+			w.finish()
+		}
+	}
+}
+
 // checkImage has QEMU check an image. If the daemon was never killed, not a cluster may be leaked.
 func (w *world) checkImage(l layer) {
 	w.Helper()
-	if l.format == image.Raw {
+	switch {
+	case l.format == image.Raw:
+		return
+	case w.throughAddCow(l):
+		var res qcow2.CheckResult
+		err := patiently(func() (err error) {
+			res, err = image.Check(l.path, l.format, qcow2.RepairNone, nil)
+			return err
+		})
+		if err != nil || res.Errors > 0 || res.Leaks > 0 && !w.killed {
+			w.Errorf("check %s: %v, %v", l.path, res, err)
+		}
 		return
 	}
 	out, err := exec.Command("qemu-img", "check", "-f", l.format, l.path).CombinedOutput()
@@ -632,6 +699,12 @@ func (w *world) checkImage(l layer) {
 // holds compares what QEMU reads.
 func (w *world) holds(l layer, s contents) {
 	w.Helper()
+	if w.throughAddCow(l) {
+		if err := s.allows(w.read(l)); err != nil {
+			w.Errorf("image %s: %v", l.path, err)
+		}
+		return
+	}
 	flat := filepath.Join(w.dir, "flat")
 	if out, err := exec.Command("qemu-img", "convert", "-f", l.format, "-O", "raw", l.path, flat).CombinedOutput(); err != nil {
 		w.Errorf("qemu-img convert %s: %v: %s", l.path, err, out)
@@ -641,6 +714,113 @@ func (w *world) holds(l layer, s contents) {
 	w.must(err)
 	if err := s.allows(got); err != nil {
 		w.Errorf("image %s: %v", l.path, err)
+	}
+}
+
+// throughAddCow: QEMU does not know add-cow.
+func (w *world) throughAddCow(l layer) bool {
+	for p := l.path; p != ""; p = w.behind[p] {
+		if strings.HasSuffix(p, addCowExt) {
+			return true
+		}
+	}
+	return false
+}
+
+// read reads an image without QEMU.
+func (w *world) read(l layer) []byte {
+	w.Helper()
+	task := blk.NewTask()
+	var g *image.Image
+	w.must(patiently(func() (err error) {
+		g, err = image.Open(task, l.path, l.format, image.Options{ReadOnly: true})
+		return err
+	}))
+	b := make([]byte, g.Root.Info().Size)
+	w.must(blk.Do(task, g.Root, &blk.Request{Op: blk.OpRead, Len: int64(len(b)), Data: blk.BytesVec(nil, b)}))
+	w.must(g.Close())
+	return b
+}
+
+func (w *world) qemuImg(args ...string) {
+	w.Helper()
+	if out, err := exec.Command("qemu-img", args...).CombinedOutput(); err != nil {
+		w.Fatalf("qemu-img %v: %v: %s", args, err, out)
+	}
+}
+
+// stale makes a file as large as the disk that holds something else.
+func (w *world) stale(path string) {
+	w.Helper()
+	w.must(os.WriteFile(path, bytes.Repeat([]byte{0xee}, len(w.model)), 0o600))
+}
+
+// checkBackup looks at a backup that is complete.
+func (w *world) checkBackup(l, behind layer, s contents) {
+	w.Helper()
+	info, err := image.Describe(l.path, l.format, false, image.Options{Unlocked: true})
+	w.must(err)
+	if got := (layer{info[0].FullBacking, info[0].BackingFormat}); got != behind {
+		w.Errorf("backup %s names %v, want %v", l.path, got, behind)
+	}
+	w.checkImage(l)
+	w.holds(l, s)
+	if w.Failed() {
+		w.FailNow()
+	}
+}
+
+func (w *world) bitmapNames() (names []string) {
+	for name := range w.bitmaps {
+		if w.job == nil || w.job.bitmap != name {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// known is a file that holds what the disk held, if that is known to the byte.
+func (w *world) known(s contents) (l layer) {
+	w.Helper()
+	if len(s.states) > 1 {
+		return l
+	}
+	l = layer{filepath.Join(w.dir, w.name("known")), image.Raw}
+	w.must(os.WriteFile(l.path, s.states[0], 0o600))
+	return l
+}
+
+// listed are the bitmaps.
+func (w *world) listed() map[string]*control.Bitmap {
+	w.Helper()
+	all := map[string]*control.Bitmap{}
+	w.must(w.call("bitmap list", func(ctx context.Context, c *control.Client) error {
+		r, err := c.BitmapList(ctx, &control.BitmapListRequest{Disk: diskID})
+		for _, m := range r.GetBitmaps() {
+			all[m.Name] = m
+		}
+		return err
+	}))
+	return all
+}
+
+// checkBitmaps wants all bitmaps to be there and to record, and no other ones to.
+func (w *world) checkBitmaps() {
+	w.Helper()
+	listed := w.listed()
+	for name := range w.bitmaps {
+		m := listed[name]
+		busy := w.job != nil && w.job.bitmap == name
+		if m.GetState() != "recording" && (!busy || m.GetState() != "busy") {
+			w.Fatalf("bitmap %s is %v", name, m)
+		}
+		delete(listed, name)
+	}
+	for _, m := range listed {
+		if m.State == "recording" || m.State == "busy" {
+			w.Fatalf("bitmap %s is there, and should not be: %v", m.Name, m)
+		}
 	}
 }
 

@@ -131,6 +131,25 @@ func TestBitmap(t *testing.T) {
 	b.stop(d)
 }
 
+// A crash after which the configuration names the image that the disk has moved to.
+func TestBitmapMoved(t *testing.T) {
+	b := newBed(t)
+	d, c := b.start(b.load("", b.disk("disk0", b.image("a.img"))))
+	b.addBitmap(c, "disk0", "one", 4096)
+	b.writeAt("disk0", 0)
+	b.move(c, "disk0", b.path("b.img"))
+	b.crash(d)
+	f := b.load("", b.disk("disk0", b.path("b.img")))
+	for range 2 {
+		d, c = b.start(f)
+		b.dirty(c, "disk0", "one", diskSize)
+		b.crash(d)
+	}
+	if r := b.record("disk0"); len(r.Moved) != 0 {
+		t.Errorf("the record remembers the move: %+v", r)
+	}
+}
+
 // A backup takes what was written before, and what is written meanwhile is for the next one.
 func TestBitmapFreeze(t *testing.T) {
 	b := newBed(t)
