@@ -487,7 +487,8 @@ func dismiss(w *world, t task, _ *rand.Rand) {
 	w.during(t.load, func() {})
 }
 
-// grow needs a disk without a job.
+// grow needs a disk without a job, and one that is not on an add-cow image: that is refused, and the disk goes on to its
+// image file first.
 func grow(w *world, t task, rng *rand.Rand) {
 	if w.finish() {
 		w.switchOver(nil)
@@ -501,7 +502,7 @@ func grow(w *world, t task, rng *rand.Rand) {
 		if err == nil {
 			w.Fatal("a disk on an add-cow image was resized")
 		}
-		c := stream(w, rng) // onto the image file, which can grow
+		c := stream(w, rng)
 		w.must(w.call(c.what, c.call))
 		w.begun(c, contents{})
 		w.finish()
@@ -680,7 +681,8 @@ func jobsList(rng *rand.Rand, size int64, n int) (all []task) {
 		t := task{kind: kinds[i].name, seed: rng.Uint64()}
 		batches := rng.IntN(3)
 		switch t.kind {
-		case "snapshot", "copy by stream", "copy to add-cow", "bitmap", "backup", "finish", "cancel": // of which one instant is kept
+		case "snapshot", "copy by stream", "copy to add-cow", "bitmap", "backup", "finish", "cancel":
+			// Of which one instant is kept.
 			batches = rng.IntN(2)
 		case "kill", "kill in a command", "lose the guest, too", "restart", "io":
 			batches = 1 + rng.IntN(4)

@@ -141,27 +141,26 @@ var settings = []setting{
 // addCowExt is after the name of its image file in the name of an add-cow image.
 const addCowExt = ".add-cow"
 
+var bin string // the folder of the programs, if they were built
+
 var programs = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "bsbin")
-	if err != nil {
+	var err error
+	if bin, err = os.MkdirTemp("", "bsbin"); err != nil {
 		return "", err
 	}
-	return dir, daemon.Build(dir)
+	return bin, daemon.Build(bin)
 })
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if dir, err := programs(); built && err == nil {
-		os.RemoveAll(dir)
+	if bin != "" {
+		os.RemoveAll(bin)
 	}
 	os.Exit(code)
 }
 
-var built bool // by a test
-
 func newWorld(t *testing.T, s setting, start []byte) *world {
 	t.Helper()
-	built = true
 	bin, err := programs()
 	if err != nil {
 		t.Fatal(err)
