@@ -43,7 +43,7 @@ func (b *bench) chains() (err error) {
 					return err
 				}
 				// The first reads make the map, of 500 images for half a second.
-				if _, err = b.load(s, "randread", "4k", depth, time.Second); err != nil {
+				if _, err = b.load(s, "randread", "4k", depth, 2*time.Second); err != nil {
 					s.stop()
 					return err
 				}

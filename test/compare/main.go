@@ -96,8 +96,10 @@ func (b *bench) start(cmd *exec.Cmd, socket string) (*server, error) {
 }
 
 func (s *server) stop() {
-	s.Process.Signal(os.Interrupt) //nolint:errcheck // it may have ended
-	s.Wait()                       //nolint:errcheck // a signal ends it
+	s.Process.Signal(os.Interrupt)                                      //nolint:errcheck // it may have ended
+	hung := time.AfterFunc(10*time.Second, func() { s.Process.Kill() }) //nolint:errcheck // likewise
+	defer hung.Stop()
+	s.Wait() //nolint:errcheck // a signal ends it
 }
 
 // blkstreamd serves one image. keys are further ones of the disk.

@@ -84,11 +84,11 @@ func (b *bench) streamBesideQSD(format string) error {
 			{format, func(top, _ string) (time.Duration, error) { return b.stream(top, format) }},
 			{"qcow2", b.streamQSD}, // it knows no add-cow
 		} {
-			top, err := b.overlay(run.format, base)
-			if err != nil {
-				return err
+			took, err := b.streamOnce(run.format, base, run.stream)
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				fmt.Fprintln(os.Stderr, "qemu-storage-daemon hung, as 7.2 does now and then at the end of a block-stream: once more")
+				took, err = b.streamOnce(run.format, base, run.stream)
 			}
-			took, err := run.stream(top, base)
 			if err != nil {
 				return err
 			}
@@ -99,6 +99,14 @@ func (b *bench) streamBesideQSD(format string) error {
 	fmt.Printf("\nstream of %d MiB into an empty %s image, direct: %.0f MiB/s, qemu-storage-daemon into a qcow2 one: %.0f MiB/s, ratio %.2f\n",
 		b.size>>20, format, x, y, x/y)
 	return nil
+}
+
+func (b *bench) streamOnce(format, base string, stream func(top, base string) (time.Duration, error)) (time.Duration, error) {
+	top, err := b.overlay(format, base)
+	if err != nil {
+		return 0, err
+	}
+	return stream(top, base)
 }
 
 func (b *bench) stream(top, format string) (time.Duration, error) {
@@ -127,6 +135,9 @@ func (b *bench) streamQSD(top, base string) (took time.Duration, err error) {
 	}
 	defer conn.Close()
 	begin := time.Now()
+	if err := conn.SetDeadline(begin.Add(time.Minute)); err != nil {
+		return 0, err
+	}
 	_, err = conn.Write([]byte(`{"execute":"qmp_capabilities"}{"execute":"block-stream","arguments":{"job-id":"j","device":"d"}}`))
 	if err != nil {
 		return 0, err
