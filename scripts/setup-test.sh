@@ -20,7 +20,7 @@ needed=(
   qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils
   qemu-storage-daemon:"qemu-utils qemu-system-common"
   busybox:busybox-static nbdkit:nbdkit fio:fio modprobe:kmod xz:xz-utils
-  e2fsck:e2fsprogs mke2fs:e2fsprogs
+  e2fsck:e2fsprogs mke2fs:e2fsprogs losetup:mount mount:mount
   strace:strace mandoc:mandoc systemd-analyze:systemd
   cc:"gcc libc6-dev" # the race detector
 )

@@ -239,7 +239,7 @@ func FuzzOpen(f *testing.F) {
 	base, img := memory(f, stale(100<<10)), memory(f, stale(300<<10))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if b = b[:len(b)/512*512]; len(b) == 0 || len(b) > 1<<20 {
-			t.Skip()
+			return // no file that a storage could be
 		}
 		storage := memory(t, b)
 		task := blk.NewTask()

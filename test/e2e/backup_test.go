@@ -88,6 +88,7 @@ func TestBackupChain(t *testing.T) {
 
 // The target is full: the guest is held until there is room, or, without hold, goes on without the backup.
 func TestBackupFullTarget(t *testing.T) {
+	guest.Need(t, "mount", "umount")
 	dir := t.TempDir()
 	mount := func(options string) error {
 		out, err := exec.Command("mount", "-t", "tmpfs", "-o", options, "none", dir).CombinedOutput()

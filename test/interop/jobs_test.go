@@ -162,10 +162,7 @@ func storageDaemon(t *testing.T, dir string, depth int, job string, args map[str
 
 // TestChainJobs holds what our jobs make of a chain against what QEMU's make of copies of it.
 func TestChainJobs(t *testing.T) {
-	needQEMU(t)
-	if _, err := exec.LookPath("qemu-storage-daemon"); err != nil {
-		t.Skip(err)
-	}
+	needQEMU(t, "qemu-storage-daemon")
 	rng := seeded(t)
 	bin := t.TempDir()
 	if err := daemon.Build(bin); err != nil {

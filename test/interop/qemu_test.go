@@ -29,9 +29,9 @@ import (
 func full() bool { return os.Getenv("INTEROP") == "full" }
 
 // needQEMU skips a test that cannot run. In CI a check that silently does not happen is none.
-func needQEMU(t *testing.T) {
+func needQEMU(t *testing.T, more ...string) {
 	t.Helper()
-	for _, tool := range []string{"qemu-img", "qemu-io"} {
+	for _, tool := range append([]string{"qemu-img", "qemu-io"}, more...) {
 		_, err := exec.LookPath(tool)
 		switch {
 		case err == nil:
