@@ -57,9 +57,10 @@ type Node struct {
 	shared bool
 	blocks blk.RangeLock
 
-	sizes   blk.RangeLock // one Resize at a time
-	noPunch atomic.Bool   // the storage cannot punch holes
-	noZero  atomic.Bool   // the storage cannot zero ranges
+	sizes     blk.RangeLock // one Resize at a time
+	noPunch   atomic.Bool   // the storage cannot punch holes
+	noZero    atomic.Bool   // the storage cannot zero ranges
+	noReserve atomic.Bool   // the storage cannot allocate room beforehand
 }
 
 // maxPiece bounds the memory that a request needs here, and the size of its host operations then, in bytes.
@@ -372,6 +373,17 @@ func (n *Node) zero(t *blk.Task, off, l int64, unmap bool) error {
 		return err
 	}
 	return n.writeZeros(t, hi, off+l-hi)
+}
+
+// Reserve allocates room on the storage for the whole blocks in [off, off+l), which lies within Info.Size, where there
+// is none. They hold what they held. What cannot do it is left as it is.
+func (n *Node) Reserve(t *blk.Task, off, l int64) error {
+	lo, hi := up(off, n.sector), down(off+l, n.sector)
+	if lo >= hi || n.device {
+		return nil
+	}
+	_, err := n.fallocate(t, &n.noReserve, modeReserve, lo, hi-lo)
+	return err
 }
 
 // fallocate reports whether the storage can do it, and remembers if not.

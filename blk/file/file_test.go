@@ -294,6 +294,19 @@ func TestHoles(t *testing.T) {
 	if _, err := n.Map(task, 8<<20, 512); !errors.Is(err, blk.ErrRange) {
 		t.Errorf("map past the end: %v", err)
 	}
+	// Room is allocated where there is none, and nothing else happens: data stays, and zeros are still holes.
+	before := used()
+	if err := n.Reserve(task, 512<<10, 5<<20-100); err != nil {
+		t.Fatal(err)
+	}
+	if u := used() - before; u < 7<<19-64<<10 || u > 7<<19 {
+		t.Errorf("%d bytes more in use, want 3.5 MiB", u)
+	}
+	b := make([]byte, 1<<20)
+	must(&blk.Request{Op: blk.OpRead, Len: 1 << 20, Data: blk.BytesVec(nil, b)})
+	if e, err := n.Map(task, 1<<20, 8<<20); err != nil || e.State != blk.Zero || e.Len != 7<<20 || bytes.Count(b, []byte{0}) == len(b) {
+		t.Errorf("after Reserve: %+v %v", e, err)
+	}
 }
 
 func TestOddSize(t *testing.T) {

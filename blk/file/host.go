@@ -15,8 +15,9 @@ import (
 // What the package asks of the host, apart from I/O.
 
 const (
-	modePunch = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
-	modeZero  = unix.FALLOC_FL_ZERO_RANGE | unix.FALLOC_FL_KEEP_SIZE
+	modePunch   = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
+	modeZero    = unix.FALLOC_FL_ZERO_RANGE | unix.FALLOC_FL_KEEP_SIZE
+	modeReserve = unix.FALLOC_FL_KEEP_SIZE
 )
 
 // openHost opens a regular file or a block device and nothing else.

@@ -34,10 +34,11 @@ type run struct {
 	fresh bool  // the storage holds zeros there, durably
 }
 
-// allocate takes up to want > 0 neighbouring clusters from the reserve. Their counts are 1, durably.
-func (n *Node) allocate(t *blk.Task, want int64) (run, error) {
+// allocate takes up to want > 0 neighbouring clusters from the reserve, and up to more on top if they hold zeros. Their
+// counts are 1, durably.
+func (n *Node) allocate(t *blk.Task, want, more int64) (run, error) {
 	for {
-		if r, ok := n.take(want); ok {
+		if r, ok := n.take(want, more); ok {
 			return r, nil
 		}
 		if err := n.reserve(t, want); err != nil {
@@ -46,13 +47,16 @@ func (n *Node) allocate(t *blk.Task, want int64) (run, error) {
 	}
 }
 
-func (n *Node) take(want int64) (run, bool) {
+func (n *Node) take(want, more int64) (run, bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if len(n.pool) == 0 {
 		return run{}, false
 	}
 	r := &n.pool[0]
+	if r.fresh {
+		want += more
+	}
 	got := run{r.host, min(want, r.count), r.fresh}
 	r.host += got.count << n.clusterBits
 	if r.count -= got.count; r.count == 0 {
@@ -319,6 +323,10 @@ func (n *Node) claim(t *blk.Task, start, count, limit int64) (run, error) {
 		return run{}, err
 	}
 	got := run{(end - count) << n.clusterBits, count, end-count >= old}
+	if r, ok := n.storage.(reserver); ok && got.fresh {
+		// The host need not look for room with each first write then. It is a help only: without it, that is when it does.
+		_ = r.Reserve(t, got.host, got.count<<n.clusterBits)
+	}
 
 	// Counts in blocks that exist.
 	var known []refRun
@@ -395,6 +403,11 @@ func (n *Node) missing(start, end int64) (blocks, table int64, err error) {
 // resizer is a storage that can change its size.
 type resizer interface {
 	Resize(t *blk.Task, size int64, shrink bool) error
+}
+
+// reserver is a storage that can find room for a part of itself beforehand; what it holds stays as it is.
+type reserver interface {
+	Reserve(t *blk.Task, off, l int64) error
 }
 
 func (n *Node) canGrow() bool {

@@ -378,7 +378,7 @@ func (n *Node) storeBits(t *blk.Task, d BitmapData) (entry []byte, runs []run, e
 		case and == ^uint64(0):
 			e = 1
 		default:
-			r, err := n.allocate(t, 1)
+			r, err := n.allocate(t, 1, 0)
 			if err != nil {
 				return nil, runs, err
 			}

@@ -193,12 +193,13 @@ type packer struct {
 }
 
 // WriteCompressed writes a whole cluster, compressed if that makes it smaller. It is for images that are being made:
-// nobody else may write to the cluster, which holds nothing yet, and until the next flush a power cut may leave it
+// nobody else may write to the cluster, which holds no data yet, and until the next flush a power cut may leave it
 // unreadable.
 func (n *Node) WriteCompressed(t *blk.Task, off int64, data []byte) error {
 	if off < 0 || off&(n.clusterSize()-1) != 0 || int64(len(data)) > n.clusterSize() || len(data) == 0 || off > n.Info().Size-int64(len(data)) {
 		return fmt.Errorf("%s: write %d compressed bytes at offset %d: %w", n.name, len(data), off, blk.ErrInvalid)
 	}
+	n.stream.off.Store(true)
 	whole := data
 	if int64(len(data)) < n.clusterSize() { // the last one
 		whole = append(bytes.Clone(data), make([]byte, n.clusterSize()-int64(len(data)))...)
@@ -226,8 +227,16 @@ func (n *Node) WriteCompressed(t *blk.Task, off int64, data []byte) error {
 	}
 	defer n.cache.unpin(tab)
 	i := int(off&(1<<n.l1Shift-1)) >> n.clusterBits
-	if p, err := n.spanOf(t, tab, off, n.clusterSize()); err != nil || p.kind == kindData || p.kind == kindPacked || tab.stableAt(i).present {
-		return errors.Join(err, fmt.Errorf("%s: compressed write to the cluster at %d, which is in use: %w", n.name, off, blk.ErrInvalid))
+	p, err := n.spanOf(t, tab, off, n.clusterSize())
+	switch {
+	case err != nil:
+		return err
+	case p.kind == kindData && p.own && p.len == n.clusterSize():
+		// A write before it was given the place for this one too.
+		_, err := n.writeInPlace(t, blk.BytesVec(nil, data), 0, off, int64(len(data)))
+		return err
+	case p.kind == kindData || p.kind == kindPacked || tab.stableAt(i).present:
+		return fmt.Errorf("%s: compressed write to the cluster at %d, which is in use: %w", n.name, off, blk.ErrInvalid)
 	}
 	e, err := n.place(t, packed)
 	if err != nil {
@@ -281,7 +290,7 @@ func (p *packer) take(t *blk.Task, n *Node, size int64) (int64, error) {
 
 // more takes new clusters.
 func (p *packer) more(t *blk.Task, n *Node, size int64) error {
-	r, err := n.allocate(t, maxReserve>>n.clusterBits)
+	r, err := n.allocate(t, maxReserve>>n.clusterBits, 0)
 	if err != nil {
 		return err
 	}

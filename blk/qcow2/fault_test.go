@@ -126,6 +126,7 @@ func (s *scene) faulty(t *testing.T, rng *rand.Rand, f *tripwire, base blk.Node)
 	var model []byte
 	f.quietly(func() { model = contents(t, n) })
 	snapshot := bytes.Clone(model)
+	next := int64(0)
 	for i := range s.faultyOps() {
 		if s.grow > 0 && i%(s.ops/s.grow) == s.ops/s.grow/2 {
 			model = append(model, make([]byte, 2*len(model))...)
@@ -135,7 +136,7 @@ func (s *scene) faulty(t *testing.T, rng *rand.Rand, f *tripwire, base blk.Node)
 			s.try(t, f, n, func() error { return blk.Do(blk.NewTask(), n, &blk.Request{Op: blk.OpFlush}) })
 			continue
 		}
-		r, b := change(rng, int64(len(model)), s.o.ClusterSize, s.kinds)
+		r, b := change(rng, &next, int64(len(model)), s.o.ClusterSize, s.kinds)
 		part := model[r.Off : r.Off+r.Len]
 		old := append([]byte(nil), part...)
 		failed := s.try(t, f, n, func() error { return blk.Do(blk.NewTask(), n, r) })

@@ -202,10 +202,10 @@ func writeSome(t *testing.T, m *blktest.Memory, sound bool) {
 	}
 	n = qcow2.ReserveLittle(n)
 	rng := rand.New(rand.NewPCG(1, 2))
-	size := min(n.Info().Size, 1<<30)
+	size, next := min(n.Info().Size, 1<<30), int64(0)
 	if size >= 2*blk.SectorSize {
 		for range 30 {
-			r, _ := change(rng, size, 512, []kind{write, write, zero, unmap, discard})
+			r, _ := change(rng, &next, size, 512, []kind{write, write, zero, unmap, discard})
 			_ = blk.Do(blk.NewTask(), n, r) // fails if the image is damaged
 			_ = blk.Do(blk.NewTask(), n, &blk.Request{Op: blk.OpFlush})
 		}

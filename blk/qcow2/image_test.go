@@ -42,8 +42,8 @@ const (
 )
 
 // change makes up a request that changes a disk of the given size, and the bytes that it writes: mostly at the edges
-// of clusters, and often in the same places.
-func change(rng *rand.Rand, size, cluster int64, kinds []kind) (*blk.Request, []byte) {
+// of clusters, often in the same places, and often where the last one ended, which is noted in next.
+func change(rng *rand.Rand, next *int64, size, cluster int64, kinds []kind) (*blk.Request, []byte) {
 	const sector = blk.SectorSize
 	off := rng.Int64N(size/sector) * sector
 	if rng.IntN(3) == 0 {
@@ -56,7 +56,11 @@ func change(rng *rand.Rand, size, cluster int64, kinds []kind) (*blk.Request, []
 	if rng.IntN(3) == 0 {
 		n = (n + cluster - 1) / cluster * cluster
 	}
+	if rng.IntN(3) == 0 && *next < size {
+		off = *next
+	}
 	n = min(n, size-off)
+	*next = off + n
 	r := &blk.Request{Off: off, Len: n}
 	if rng.IntN(8) == 0 {
 		r.Flags = blk.FUA

@@ -10,7 +10,8 @@
 //  3. The data is written, with what has to be copied around it.
 //  4. The storage is flushed, if losing the data and keeping the table would show something that was never there.
 //  5. The L2 entry is written (table.go), and only then published in memory. So whatever is acknowledged survives
-//     the death of this process; nothing that a flush would have to write is kept in memory.
+//     the death of this process; nothing that a flush would have to write is kept in memory. A sequential writer gets
+//     entries for its next clusters at the same time (ahead.go).
 //  6. Clusters that this made superfluous go to the limbo: their counts are dropped only after the new table is
 //     durable and nobody can still be using what the old one said.
 //
@@ -94,6 +95,7 @@ type Node struct {
 	fixed     atomic.Bool  // the storage has one size
 	alloc     blk.TaskLock // refs, scan, batch, and whoever changes counts: all down to maxBatch
 	refs      atomic.Pointer[refTable]
+	stream    stream
 	scan      int64 // no cluster below is free, as far as we know
 	batch     int64 // clusters to reserve next time
 	maxBatch  int64 // bounds batch

@@ -489,6 +489,86 @@ func TestWriteCompressed(t *testing.T) {
 	}
 }
 
+// TestAhead: who writes one cluster behind the other changes the tables seldom. Over a backing image each cluster gets
+// its place from a write to itself, which copy on read needs.
+func TestAhead(t *testing.T) {
+	const (
+		size  = 8 << 20
+		piece = 16 << 10
+	)
+	base := filepath.Join(tempDir(t), "base")
+	if err := os.WriteFile(base, make([]byte, size), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		options string
+		slow    int // writes of a piece that change the tables, at most
+	}{
+		{"cluster_size=64k", 16},
+		{"cluster_size=4k", 24},
+		{"cluster_size=512", 210}, // tables of 32 KiB
+		{"cluster_size=2M", 4},
+		{"cluster_size=64k,extended_l2=on", 48},
+		{"backing_fmt=raw,backing_file=" + base, size / piece},
+	} {
+		t.Run(c.options, func(t *testing.T) {
+			m := intoMemory(t, qemuImage(t, size, c.options))
+			var b blk.Node
+			if strings.Contains(c.options, "backing") {
+				b = intoMemory(t, base)
+			}
+			n := mustOpen(t, m, Options{Name: "test", Backing: b})
+			want, slow := pattern(8, size), 0
+			clear(want[size*3/4:])
+			for off := int64(0); off < size*3/4; off += piece {
+				if p, err := n.lookup(blk.NewTask(), off, piece); err != nil || p.kind != kindData || p.len < piece {
+					slow++
+				}
+				writeAt(t, n, off, want[off:off+piece])
+				next := (off | (n.clusterSize() - 1)) + 1
+				if p, err := n.lookup(blk.NewTask(), next, piece); err != nil || b != nil && p.kind != kindBacking {
+					t.Fatalf("after a write at %d the next cluster is not free: %+v, %v", off, p, err)
+				}
+			}
+			if slow > c.slow {
+				t.Errorf("%d slow writes, want at most %d", slow, c.slow)
+			}
+			mustDo(t, n, &blk.Request{Op: blk.OpWriteZeroes, Flags: blk.Unmap, Off: size / 2, Len: 1 << 20})
+			clear(want[size/2 : size/2+1<<20])
+			if !bytes.Equal(readAll(t, n), want) {
+				t.Error("wrong contents")
+			}
+			mustClose(t, n)
+			checkClean(t, m.Bytes(), false)
+		})
+	}
+}
+
+// TestAheadCompressed: what a write was given beforehand can still be written by WriteCompressed.
+func TestAheadCompressed(t *testing.T) {
+	const size = 1 << 20
+	m := intoMemory(t, qemuImage(t, size, ""))
+	n := mustOpen(t, m, Options{Name: "test"})
+	want := make([]byte, size)
+	for i := range want {
+		want[i] = byte(i / 1000)
+	}
+	cs := int(n.clusterSize())
+	for off := 0; off < size; off += cs {
+		b := want[off : off+cs]
+		if off < size/2 {
+			writeAt(t, n, int64(off), b)
+		} else if err := n.WriteCompressed(blk.NewTask(), int64(off), b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !bytes.Equal(readAll(t, n), want) {
+		t.Error("wrong contents")
+	}
+	mustClose(t, n)
+	checkClean(t, m.Bytes(), false)
+}
+
 // TestNoSpace: a storage that cannot grow says so, and takes writes again when there is room.
 func TestNoSpace(t *testing.T) {
 	m := intoMemory(t, qemuImage(t, 8<<20, ""))

@@ -229,8 +229,9 @@ func (s *scene) prepare(t *testing.T, rng *rand.Rand) (*blktest.CrashDisk, blk.N
 		s.pack(t, rng, n)
 	}
 	if s.fill {
+		next := int64(0)
 		for range 30 {
-			r, _ := change(rng, s.o.Size, s.o.ClusterSize, []kind{write, write, zero})
+			r, _ := change(rng, &next, s.o.Size, s.o.ClusterSize, []kind{write, write, zero})
 			do(t, n, r)
 		}
 	}
@@ -310,6 +311,7 @@ func (s *scene) play(t *testing.T, rng *rand.Rand, h *history, n *qcow2.Node) {
 	for w := range s.workers {
 		rng := rand.New(rand.NewPCG(rng.Uint64(), uint64(w)))
 		wg.Go(func() {
+			next := int64(0)
 			for i := range s.ops {
 				if s.grow > 0 && i%(s.ops/s.grow) == s.ops/s.grow/2 {
 					old := n.Info().Size
@@ -324,7 +326,7 @@ func (s *scene) play(t *testing.T, rng *rand.Rand, h *history, n *qcow2.Node) {
 					continue
 				}
 				size := n.Info().Size
-				r, b := change(rng, size, s.o.ClusterSize, s.kinds)
+				r, b := change(rng, &next, size, s.o.ClusterSize, s.kinds)
 				if s.workers > 1 {
 					r.Off = (r.Off/stripe/s.workers*s.workers + w) * stripe
 					if r.Off >= size {
@@ -417,12 +419,13 @@ func TestPowerCutsDataFile(t *testing.T) {
 			steps := [][2]int{{disks[0].Points(), disks[1].Points()}}
 			n := qcow2.ReserveLittle(open(t, pair{disks[0], &steps, &disks}, qcow2.Options{Data: pair{disks[1], &steps, &disks}}))
 			h := newHistory(func() int { return len(steps) - 1 }, contents(t, n))
+			next := int64(0)
 			for range 100 {
 				if rng.IntN(7) == 0 {
 					h.flush(t, n)
 					continue
 				}
-				r, b := change(rng, o.Size, o.ClusterSize, []kind{write, write, write, zero, unmap, discard})
+				r, b := change(rng, &next, o.Size, o.ClusterSize, []kind{write, write, write, zero, unmap, discard})
 				h.change(t, n, r, b)
 			}
 			if err := n.Close(); err != nil {

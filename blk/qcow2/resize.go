@@ -149,7 +149,7 @@ func (n *Node) growL1(t *blk.Task, size int64) error {
 // claimTable reserves neighbouring clusters.
 func (n *Node) claimTable(t *blk.Task, clusters int64) (run, error) {
 	if !n.canGrow() {
-		r, err := n.allocate(t, clusters)
+		r, err := n.allocate(t, clusters, 0)
 		if err == nil && r.count < clusters {
 			n.putBack(r)
 			err = syscall.ENOSPC

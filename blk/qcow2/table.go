@@ -226,7 +226,7 @@ func (n *Node) ownTable(t *blk.Task, i int64) (*table, error) {
 	if old != nil {
 		defer n.cache.unpin(old)
 	}
-	r, err := n.allocate(t, 1)
+	r, err := n.allocate(t, 1, 0)
 	if err != nil {
 		return nil, err
 	}

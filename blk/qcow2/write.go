@@ -65,6 +65,7 @@ type chunk struct {
 	base   int64     // guest offset of the first cluster
 	old    []cluster // what they were
 	host   int64     // where they will be
+	ahead  int       // clusters behind these that get their places too, and keep their zeros
 	run    run       // what was allocated for it; none if count is 0
 	fresh  bool      // host holds zeros, durably
 	off, l int64     // the guest's range
@@ -75,7 +76,8 @@ type chunk struct {
 func (n *Node) writeNew(t *blk.Task, v blk.Vec, at, off, l int64) (int64, error) {
 	l = min(l, (off>>n.l1Shift+1)<<n.l1Shift-off)
 	first, last := off>>n.clusterBits, (off+l-1)>>n.clusterBits
-	defer n.clusters.Unlock(n.clusters.Lock(t, first, last-first+1))
+	ahead := n.stream.ahead(n, off, l)
+	defer n.clusters.Unlock(n.clusters.Lock(t, first, last-first+1+int64(ahead)))
 	tab, err := n.ownTable(t, off>>n.l1Shift)
 	if err != nil {
 		return 0, err
@@ -83,7 +85,7 @@ func (n *Node) writeNew(t *blk.Task, v blk.Vec, at, off, l int64) (int64, error)
 	defer n.cache.unpin(tab)
 	c := &chunk{tab: tab, base: first << n.clusterBits, off: off, l: l}
 	c.first = int(first) & (tab.entries() - 1)
-	if ok, err := n.plan(t, c); !ok || err != nil {
+	if ok, err := n.plan(t, c, ahead); !ok || err != nil {
 		return 0, err
 	}
 	v = v.AppendSlice(nil, at, c.l)
@@ -121,9 +123,9 @@ func (n *Node) subsIn(base, lo, hi int64) uint32 {
 	return uint32(1<<b - 1<<a)
 }
 
-// plan decides how many clusters the chunk has and where they go. ok is false if the first one is to be written in
-// place.
-func (n *Node) plan(t *blk.Task, c *chunk) (ok bool, err error) {
+// plan decides how many clusters the chunk has and where they go. ahead is how many behind it are locked too. ok is
+// false if the first one is to be written in place.
+func (n *Node) plan(t *blk.Task, c *chunk, ahead int) (ok bool, err error) {
 	end := c.off + c.l
 	for g, i := c.base, c.first; g < end; g, i = g+n.clusterSize(), i+1 {
 		o := c.tab.stableAt(i)
@@ -147,11 +149,13 @@ func (n *Node) plan(t *blk.Task, c *chunk) (ok bool, err error) {
 	case n.dataFile:
 		c.host = c.base
 	default:
-		if c.run, err = n.allocate(t, int64(len(c.old))); err != nil {
+		if c.run, err = n.allocate(t, int64(len(c.old)), n.spare(c, ahead)); err != nil {
 			return false, err
 		}
 		c.host, c.fresh = c.run.host, c.run.fresh
-		c.old = c.old[:c.run.count]
+		c.ahead = max(int(c.run.count)-len(c.old), 0)
+		c.old = c.old[:int(c.run.count)-c.ahead]
+		n.stream.gave(c.base+c.run.count<<n.clusterBits, ahead)
 	}
 	c.l = min(end, c.base+int64(len(c.old))<<n.clusterBits) - c.off
 	c.lo = c.off - n.copyBefore(c.old[0], c.off&(n.clusterSize()-1))
@@ -263,7 +267,7 @@ func (n *Node) readOld(t *blk.Task, tab *table, lo, hi int64) (*blk.Buffer, erro
 
 // link lets the tables point to the chunk, and gives up what they pointed to.
 func (n *Node) link(t *blk.Task, c *chunk) error {
-	entries := make([]cluster, len(c.old))
+	entries := make([]cluster, len(c.old), len(c.old)+c.ahead)
 	for i, o := range c.old {
 		g := c.base + int64(i)<<n.clusterBits
 		touched := n.all
@@ -274,6 +278,10 @@ func (n *Node) link(t *blk.Task, c *chunk) error {
 			host: c.host + int64(i)<<n.clusterBits, present: true, copied: true,
 			alloc: o.alloc | touched, zero: o.zero &^ touched,
 		}
+	}
+	for i := range int64(c.ahead) {
+		host := c.host + (int64(len(c.old))+i)<<n.clusterBits
+		entries = append(entries, cluster{host: host, present: true, copied: true, alloc: n.all})
 	}
 	if err := n.set(t, c.tab, c.first, entries); err != nil {
 		if c.run.count > 0 {
