@@ -12,8 +12,10 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/blktest"
@@ -542,6 +544,43 @@ func TestAhead(t *testing.T) {
 			checkClean(t, m.Bytes(), false)
 		})
 	}
+}
+
+// slowWrites lets others run while it writes.
+type slowWrites struct{ *blktest.Memory }
+
+func (s slowWrites) Do(t *blk.Task, r *blk.Request) error {
+	if r.Op == blk.OpWrite {
+		time.Sleep(time.Duration(rand.IntN(100)) * time.Microsecond)
+	}
+	return s.Memory.Do(t, r)
+}
+
+// TestAheadAtOnce: nobody is given beforehand what another one is taking.
+func TestAheadAtOnce(t *testing.T) {
+	const size = 4 << 20
+	m := intoMemory(t, qemuImage(t, size, "cluster_size=4k"))
+	n := mustOpen(t, slowWrites{m}, Options{Name: "test"})
+	want := pattern(9, size)
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for {
+				off := next.Add(4096) - 4096
+				if off >= size {
+					return
+				}
+				writeAt(t, n, off, want[off:off+4096])
+			}
+		})
+	}
+	wg.Wait()
+	if got := readAll(t, n); !bytes.Equal(got, want) {
+		t.Error("wrong contents")
+	}
+	mustClose(t, n)
+	checkClean(t, m.Bytes(), false)
 }
 
 // TestAheadCompressed: what a write was given beforehand can still be written by WriteCompressed.
