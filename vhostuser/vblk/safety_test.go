@@ -960,6 +960,45 @@ func TestDrain(t *testing.T) {
 	}
 }
 
+// What could not be drained is done before anything of the next session, and the ring is not told of it: an old write after
+// a new one would undo it, and a request must not be answered twice.
+func TestUndrained(t *testing.T) {
+	f := blktest.NewFault(blktest.NewMemory(1 << 20))
+	s := serve(t, f, Options{})
+	s.dev.drain = 20 * time.Millisecond
+	d := s.dial(t, frontend.Options{Reconnect: 5 * time.Millisecond})
+	hold := f.Add(blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Hold: true, Count: 1})
+	old, fresh := bytes.Repeat([]byte{1}, 4096), bytes.Repeat([]byte{2}, 4096)
+	done := make(chan error, 1)
+	go func() { _, err := d.WriteAt(old, 0); done <- err }()
+	hold.Wait(t, 1)
+	if err := d.Reconnect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-done:
+		t.Errorf("the write was done again while the first try was in flight; error %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	hold.Release()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if n := f.Count(blk.OpWrite); n != 2 {
+		t.Errorf("%d writes, want the lost one and its repetition", n)
+	}
+	if _, err := d.WriteAt(fresh, 0); err != nil {
+		t.Error(err)
+	}
+	got := make([]byte, 4096)
+	if _, err := d.ReadAt(got, 0); err != nil || !bytes.Equal(got, fresh) {
+		t.Errorf("an old write shows; error %v", err)
+	}
+	if n := s.dev.Running(); n != 1 {
+		t.Errorf("%d queues run", n)
+	}
+}
+
 // More slow requests than coroutines: they wait their turn.
 func TestManySlow(t *testing.T) {
 	f := blktest.NewFault(blktest.NewMemory(1 << 20))
