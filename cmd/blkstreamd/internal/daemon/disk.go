@@ -327,7 +327,9 @@ func (k *disk) serve() error {
 				return fmt.Errorf("socket %q: not a Unix socket", k.spec.Socket)
 			}
 			serve = func() error {
-				defer close(k.d.end)
+				if k.d.store == nil { // nobody can add a disk
+					defer close(k.d.end)
+				}
 				return k.server.ServeConn(ctx, u)
 			}
 		} else {
