@@ -999,6 +999,51 @@ func TestUndrained(t *testing.T) {
 	}
 }
 
+// Whoever takes memory away or disables a ring is answered when nothing is in flight: by then a front-end may unmap the
+// memory, or take a snapshot of it.
+func TestPauseDrains(t *testing.T) {
+	f := blktest.NewFault(blktest.NewMemory(1 << 20))
+	d := serve(t, f, Options{}).dial(t, frontend.Options{})
+	enable := func(on byte) error {
+		_, err := d.Conn().Call(frontend.Message{Request: frontend.MsgSetVringEnable, Flags: frontend.FlagNeedReply, Payload: []byte{0, 0, 0, 0, on, 0, 0, 0}}, 10*time.Second)
+		return err
+	}
+	var gpa uint64
+	for _, c := range []struct {
+		name string
+		do   func() error
+	}{
+		{"ADD_MEM_REG", func() (err error) { gpa, err = d.AddMemory(1 << 20); return err }},
+		{"REM_MEM_REG", func() error { return d.RemoveMemory(gpa) }},
+		{"VRING_ENABLE 0", func() error { return enable(0) }},
+	} {
+		hold := f.Add(blktest.Rule{Ops: []blk.Op{blk.OpRead}, Hold: true, Count: 1})
+		read, done := make(chan error, 1), make(chan error, 1)
+		go func() { _, err := d.ReadAt(make([]byte, 4096), 0); read <- err }()
+		hold.Wait(t, 1)
+		go func() { done <- c.do() }()
+		select {
+		case err := <-done:
+			t.Errorf("%s was answered with a request in flight; error %v", c.name, err)
+		case <-time.After(30 * time.Millisecond):
+			hold.Release()
+			if err := <-done; err != nil {
+				t.Errorf("%s: %v", c.name, err)
+			}
+		}
+		hold.Release()
+		if err := <-read; err != nil {
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+	if err := enable(1); err != nil {
+		t.Error(err)
+	}
+	if _, err := d.ReadAt(make([]byte, 4096), 0); err != nil {
+		t.Error(err)
+	}
+}
+
 // More slow requests than coroutines: they wait their turn.
 func TestManySlow(t *testing.T) {
 	f := blktest.NewFault(blktest.NewMemory(1 << 20))
