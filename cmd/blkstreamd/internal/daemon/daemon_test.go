@@ -536,6 +536,37 @@ func TestAddedDisk(t *testing.T) {
 	b.stop(d)
 }
 
+// A disk that was removed and is added again under its id does not go back to an image that it was moved away from, now or
+// after a restart; nor does the configuration take one that was added at run time to another image.
+func TestAddedAgain(t *testing.T) {
+	b := newBed(t)
+	old, target, other := b.image("old.img"), b.path("new.img"), b.image("other.img")
+	f := b.load("", b.disk("disk0", old), b.disk("disk1", other))
+	d, c := b.start(f)
+	add := func(id, image string) error {
+		_, err := c.DiskAdd(t.Context(), &control.DiskAddRequest{Id: id, Socket: b.path(id + ".sock"), Image: image, Format: "raw"})
+		return err
+	}
+	b.move(c, "disk0", target)
+	for _, id := range []string{"disk0", "disk1"} {
+		_, err := c.DiskRemove(t.Context(), &control.DiskRemoveRequest{Id: id})
+		b.must(err)
+	}
+	b.wants(add("disk0", old), control.ErrPrecondition, old, target)
+	b.wants(add("disk1", b.image("x.img")), control.ErrPrecondition, other)
+	b.must(add("disk0", target))
+	b.write("disk0", 4)
+	b.must(add("extra", b.image("extra.img")))
+	b.stop(d)
+
+	d, _ = b.start(f)
+	b.holds("disk0", 4)
+	b.stop(d)
+	b.refused(b.load("", b.disk("disk0", target), b.disk("extra", b.image("y.img"))), b.path("extra.img"), b.path("y.img"))
+	d, _ = b.start(b.load("", b.disk("disk0", target), b.disk("extra", b.path("extra.img"))))
+	b.stop(d)
+}
+
 // No two disks or jobs may write to one image.
 func TestOneWriter(t *testing.T) {
 	b := newBed(t)
