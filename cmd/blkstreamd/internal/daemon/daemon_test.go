@@ -604,7 +604,9 @@ func TestOneWriter(t *testing.T) {
 	b.holds("disk3", 7)
 	b.stop(d)
 
-	b.refused(b.load("", b.disk("disk1", one), b.disk("disk2", one)), one, "disk2")
+	alias := b.path("alias.img") // another name, which the configuration lets through
+	b.must(os.Symlink(one, alias))
+	b.refused(b.load("", b.disk("disk1", one), b.disk("disk2", alias)), alias, "disk2")
 	// Another program, or another daemon, has its own descriptors; the lock is the image's.
 	n, err := file.Open(two, file.Options{})
 	b.must(err)
