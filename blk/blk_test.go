@@ -3,6 +3,7 @@
 package blk
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -303,6 +304,13 @@ func TestIOFinish(t *testing.T) {
 		if !errors.Is(o.Err, c.want) {
 			t.Errorf("%v: %v", c, o.Err)
 		}
+	}
+
+	// Direct I/O cannot go on from the middle of the file's last block: what is not there reads as zeros.
+	direct := &HostFile{Direct: true, MemAlign: 512, OffAlign: 512}
+	o.Reset(IORead, direct, 0, 2048, BytesVec(nil, bytes.Repeat([]byte{0xff}, 2048)), nil)
+	if o.Finish(512) || !o.Finish(100) || o.Err != nil {
+		t.Errorf("a direct read of the last block: %v", o.Err)
 	}
 
 	// More pieces than the kernel takes at once.

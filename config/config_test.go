@@ -138,6 +138,8 @@ f:2: disk number 1: image: missing
 f:2: disk number 1: format: missing; it is never guessed: give one of raw, qcow2, add-cow`},
 		{"duplicate id", minimal + strings.Replace(minimal, "/s", "/t", 1), `f:7: disk "a": id: used by an earlier disk`},
 		{"duplicate socket", minimal + strings.Replace(minimal, `"a"`, `"b"`, 1), `f:8: disk "b": socket: /s is used by disk "a"`},
+		{"duplicate image", minimal + strings.NewReplacer("/s", "/t", `"a"`, `"b"`).Replace(minimal), `f:9: disk "b": image: /i is used by disk "a", and one of the two writes to it`},
+		{"backing of a raw image", minimal + "[[disk.backing]]\nimage = '/x'\n", `f:6: disk "a": backing: a raw image has none`},
 		{"control socket", "[daemon]\ncontrol = '/s'\n" + minimal, `f:5: disk "a": socket: /s is used by the control socket`},
 		{"bad id", strings.Replace(minimal, `"a"`, `"../a"`, 1), `f:2: disk "../a": id: "../a": want a letter or digit, then letters, digits, '.', '_' and '-', at most 64`},
 		{"relative socket", strings.Replace(minimal, "/s", "s", 1), `f:3: disk "a": socket: "s" is not an absolute path`},

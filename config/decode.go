@@ -52,7 +52,7 @@ func Parse(name string, data []byte) (*File, error) {
 
 	sockets := map[string]string{f.Daemon.Control: "the control socket"}
 	for i := range disks {
-		f.Disks = append(f.Disks, disks[i].disk(&f.Daemon, sockets, f.imageLines))
+		f.Disks = append(f.Disks, disks[i].disk(f, sockets))
 	}
 	if err := d.err(); err != nil {
 		return nil, err
@@ -60,9 +60,9 @@ func Parse(name string, data []byte) (*File, error) {
 	return f, nil
 }
 
-// disk decodes and checks one [[disk]] table. sockets and imageLines hold what
-// the disks before it claimed.
-func (t *table) disk(daemon *Daemon, sockets map[string]string, imageLines map[string]int) Disk {
+// disk decodes and checks one [[disk]] table. sockets and f.Disks hold what the
+// disks before it claimed.
+func (t *table) disk(f *File, sockets map[string]string) Disk {
 	disk := NewDisk()
 	t.string("id", &disk.ID)
 	if disk.ID != "" {
@@ -99,17 +99,22 @@ func (t *table) disk(daemon *Daemon, sockets map[string]string, imageLines map[s
 	t.unknown()
 	t.report(disk.problems())
 
-	if _, dup := imageLines[disk.ID]; dup {
+	if _, dup := f.imageLines[disk.ID]; dup {
 		t.errorf("id", "used by an earlier disk")
 	}
-	imageLines[disk.ID] = t.line("image")
+	f.imageLines[disk.ID] = t.line("image")
 	if owner, dup := sockets[disk.Socket]; dup {
 		t.errorf("socket", "%s is used by %s", disk.Socket, owner)
 	}
 	sockets[disk.Socket] = t.label
 	if len(t.bad) == 0 {
-		if err := daemon.CheckRoots(disk.Image); err != nil {
+		if err := f.Daemon.CheckRoots(disk.Image); err != nil {
 			t.errorf("image", "%v", err)
+		}
+		for i := range f.Disks {
+			if o := &f.Disks[i]; o.Image == disk.Image && !(o.ReadOnly && disk.ReadOnly) && !(o.Lock == "running" && disk.Lock == "running") {
+				t.errorf("image", "%s is used by disk %q, and one of the two writes to it", disk.Image, o.ID)
+			}
 		}
 	}
 	return disk
@@ -148,11 +153,14 @@ type table struct {
 	bad    map[string]bool // keys with an error: one is enough
 }
 
-// line returns the line of a key, or of what holds it if it has none.
+// line returns the line of a key, or of what holds it if it has none. An array
+// of tables is where its first element is.
 func (t *table) line(key string) int {
 	for path := join(t.path, key); ; {
-		if line := t.d.lines[path]; line > 0 {
-			return line
+		for _, p := range []string{path, element(path, 0)} {
+			if line := t.d.lines[p]; line > 0 {
+				return line
+			}
 		}
 		i := strings.LastIndexAny(path, ".[")
 		if i < 0 {

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -65,6 +66,11 @@ func (s *Server) Connected() bool { return s.connected.Load() }
 // Listen listens on a Unix socket at path, with mode 0600. A socket that nobody listens on any more is replaced;
 // one with a listener, or a file of another kind, is an error.
 func Listen(path string) (*net.UnixListener, error) {
+	dir, err := lockDir(filepath.Dir(path))
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	defer dir.Close()
 	switch fi, err := os.Lstat(path); {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
@@ -96,6 +102,25 @@ func Listen(path string) (*net.UnixListener, error) {
 		return nil, err
 	}
 	return l.(*net.UnixListener), nil
+}
+
+// lockDir keeps others out of Listen in this directory until the returned file is closed: of two that find the same stale
+// socket, the second would remove the one that the first has put in its place.
+func lockDir(path string) (*os.File, error) {
+	dir, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	for range 100 { // who holds it for long is not one of us
+		if err = syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); !errors.Is(err, syscall.EWOULDBLOCK) {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err != nil {
+		err = errors.Join(fmt.Errorf("lock %s: %w", path, err), dir.Close())
+	}
+	return dir, err
 }
 
 // ServeListener serves front-ends, one after the other, until ctx is done or the server is closed, and closes l. While one

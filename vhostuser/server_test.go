@@ -52,6 +52,60 @@ func TestListen(t *testing.T) {
 	}
 }
 
+// TestListenAtOnce: of those who find a stale socket one takes its place, and none removes what another has put there.
+func TestListenAtOnce(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	for range 100 {
+		l, err := Listen(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.SetUnlinkOnClose(false)
+		l.Close()
+		got := make(chan *net.UnixListener, 4)
+		for range cap(got) {
+			go func() {
+				l, err := Listen(path)
+				if err != nil && !errors.Is(err, syscall.EADDRINUSE) {
+					t.Error(err)
+				}
+				got <- l
+			}()
+		}
+		n := 0
+		for range cap(got) {
+			if l := <-got; l != nil {
+				n++
+				defer l.Close()
+				l.SetUnlinkOnClose(false)
+			}
+		}
+		if n != 1 {
+			t.Fatalf("%d listen", n)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestListenFull: a socket whose backlog is full is not stale.
+func TestListenFull(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(fd)
+	if err := errors.Join(syscall.Bind(fd, &syscall.SockaddrUnix{Name: path}), syscall.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	dial(t, path)
+	if _, err := Listen(path); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("got %v", err)
+	}
+}
+
 // TestServe: front-ends are served one after the other, whatever they do, and the next one waits in the backlog.
 func TestServe(t *testing.T) {
 	check := noLeaks(t)

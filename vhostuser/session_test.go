@@ -293,6 +293,75 @@ func TestReconnect(t *testing.T) {
 	check()
 }
 
+// TestResets: what the two kinds of reset take away, and what they leave.
+func TestResets(t *testing.T) {
+	d := newFakeDevice(1)
+	g := newGuest(t)
+	c := connect(t, NewServer(d, quiet(t)))
+	c.negotiate(testFeatures | featureLogAll)
+	c.set(reqAddMemReg, g.memReg(), g.fd)
+	logFD, err := memfd("log", 4096)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeFD(logFD)
+	if c.nack(reqSetLogBase, u64s(4096, 0), logFD) != 0 {
+		t.Fatal("SET_LOG_BASE refused")
+	}
+	start := func() {
+		c.ring(g, 0, 64, 5)
+		c.set(reqSetVringEnable, u32s(0, 1))
+	}
+	start()
+	c.expect(d, "features 0x130000040", "start 0 size 64 base 5")
+
+	// Status 0 is only a stop: features and log stay, and the ring needs its kick and VRING_ENABLE again.
+	c.set(reqSetStatus, u64s(0))
+	c.expect(d, "stop 0")
+	c.set(reqSetVringKick, u64s(0), g.kick[0])
+	c.expect(d)
+	c.set(reqSetVringEnable, u32s(0, 1))
+	c.expect(d, "start 0 size 64 base 5")
+	if d.queue(0).r.Log == nil {
+		t.Error("the log is gone")
+	}
+
+	c.set(reqResetDevice, nil)
+	c.expect(d, "stop 0", "reset")
+	if v := c.nack(reqSetFeatures, u64s(testFeatures|1<<40)); v == 0 {
+		t.Error("features that were not offered are accepted")
+	}
+	c.set(reqSetFeatures, u64s(testFeatures|featureLogAll))
+	// All but the base is sent again.
+	c.set(reqSetVringNum, u32s(0, 64))
+	c.set(reqSetVringAddr, g.addr(0, vringLog))
+	c.set(reqSetVringKick, u64s(0), g.kick[0])
+	c.expect(d, "features 0x130000040")
+	c.set(reqSetVringEnable, u32s(0, 1))
+	c.expect(d, "start 0 size 64 base 0")
+	if d.queue(0).r.Log != nil {
+		t.Error("the log of before the reset is still written")
+	}
+}
+
+// TestAcknowledged: who asks for an acknowledgement gets one, also before REPLY_ACK is negotiated; and a log that is refused
+// ends a session that did not ask.
+func TestAcknowledged(t *testing.T) {
+	c := connect(t, NewServer(newFakeDevice(1), quiet(t)))
+	if v := c.nack(reqSetOwner, nil); v != 0 {
+		t.Error("refused")
+	}
+	logFD, err := memfd("log", 8)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeFD(logFD)
+	c.raw(reqSetLogBase, flagVersion, u64s(16, 0), logFD)
+	if err := c.wait(); err == nil {
+		t.Error("the session goes on without the log")
+	}
+}
+
 func TestLibblkio(t *testing.T) {
 	d := newFakeDevice(2)
 	g := newGuest(t)

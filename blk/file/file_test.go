@@ -450,3 +450,41 @@ func TestGrows(t *testing.T) {
 		}
 	}
 }
+
+// syncs does a task's I/O at once, and counts what is made durable.
+type syncs struct{ n int }
+
+func (e *syncs) Start(o *blk.IO) {
+	if o.Kind == blk.IOSync || o.Kind == blk.IOWrite && o.FUA {
+		e.n++
+	}
+	o.Run()
+	o.By.IODone(o)
+}
+
+func (*syncs) Suspend(*blk.Task)     { panic("waits") }
+func (*syncs) Wake(*blk.Task)        {}
+func (*syncs) Spawn(func(*blk.Task)) { panic("spawns") }
+
+// FUA makes every kind of change durable, and nothing else does.
+func TestFUA(t *testing.T) {
+	n := mustOpen(t, create(t, diskDir(t), 1<<20), Options{})
+	defer n.Close()
+	for _, op := range []blk.Op{blk.OpWrite, blk.OpDiscard, blk.OpWriteZeroes} {
+		for _, fua := range []blk.Flags{0, blk.FUA} {
+			e := &syncs{}
+			var task blk.Task
+			task.Init(e)
+			r := &blk.Request{Op: op, Flags: fua, Off: 4096, Len: 8192}
+			if op == blk.OpWrite {
+				r.Data = blk.BytesVec(nil, make([]byte, r.Len))
+			}
+			if err := blk.Do(&task, n, r); err != nil {
+				t.Errorf("%v: %v", op, err)
+			}
+			if (e.n > 0) != (fua != 0) {
+				t.Errorf("%v, flags %d: made durable %d times", op, fua, e.n)
+			}
+		}
+	}
+}

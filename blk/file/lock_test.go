@@ -8,8 +8,11 @@ import (
 	"io"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestLocksBetweenNodes(t *testing.T) {
@@ -39,6 +42,46 @@ func TestLocksBetweenNodes(t *testing.T) {
 			b = mustOpen(t, path, c.second)
 			b.Close()
 		})
+	}
+}
+
+// The bytes are those of QEMU's permissions: 0 is to read, 1 to write, 3 to resize; from 100 on for what one does, from 200 on
+// for what one does not let others do.
+func TestLockBytes(t *testing.T) {
+	path := create(t, diskDir(t), 1<<20)
+	for _, c := range []struct {
+		o    Options
+		want []int64
+	}{
+		{Options{}, []int64{100, 101, 103, 201, 203}},
+		{Options{Claim: true}, []int64{100, 101, 103, 201, 203}},
+		{Options{ReadOnly: true}, []int64{100, 201, 203}},
+		{Options{Unlocked: true}, []int64{100}},
+	} {
+		n := mustOpen(t, path, c.o)
+		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []int64
+		for at := range int64(300) {
+			l := unix.Flock_t{Type: unix.F_WRLCK, Start: at, Len: 1}
+			if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l); err != nil {
+				t.Fatal(err)
+			}
+			switch l.Type {
+			case unix.F_UNLCK:
+			case unix.F_RDLCK:
+				got = append(got, at)
+			default:
+				t.Errorf("%+v: byte %d is locked for itself alone", c.o, at)
+			}
+		}
+		unix.Close(fd)
+		n.Close()
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%+v: locked %v, want %v", c.o, got, c.want)
+		}
 	}
 }
 

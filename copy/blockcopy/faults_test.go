@@ -96,6 +96,21 @@ func TestPersistentError(t *testing.T) {
 	}
 }
 
+// An error of the source is handled as the user said of the source, one of the target as he said of the target.
+func TestErrorPolicies(t *testing.T) {
+	for _, onSource := range []bool{true, false} {
+		r, source, target, _ := memRig(t, pattern(1, size))
+		f, op := target, blk.OpWrite
+		if onSource {
+			f, op = source, blk.OpRead
+		}
+		r.trap(f, blktest.Rule{Ops: []blk.Op{op}, Err: syscall.EIO})
+		r.state(r.start(func(rec *job.Record) {
+			rec.OnSourceError, rec.OnTargetError = job.OnErrorReport, job.OnErrorStop
+		}), map[bool]string{true: job.StateFailed, false: job.StatePaused}[onSource])
+	}
+}
+
 // Rule 11: what the target does is no matter of the guest's. A full one pauses the job, which ends when there is room.
 func TestTargetFailsGuestWrite(t *testing.T) {
 	for _, c := range []struct {
@@ -259,6 +274,21 @@ func TestSourceFailsGuestWrite(t *testing.T) {
 	}
 	r.over(j)
 	r.equal("the target", mem[1].Bytes(), mem[0].Bytes())
+
+	// Cancelled instead, the target is not called a copy: it may hold what the guest was told is not written.
+	r, source, _, _ = memRig(t, pattern(1, size))
+	j = r.start(nil)
+	r.state(j, job.StateReady)
+	r.trap(source, blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Count: 1, Err: syscall.EIO})
+	if err := r.q.do(write(gran, fill(512, 7))); err == nil {
+		t.Error("the guest is not told")
+	}
+	if err := j.Cancel(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if rec := j.Record(); rec.TargetConsistent {
+		t.Errorf("%+v", rec)
+	}
 }
 
 // Rule 7: wherever the power goes, the image that the record names holds every write that was flushed.

@@ -92,6 +92,7 @@ type Device struct {
 	opts  Options
 	graph *blk.Graph
 	size  atomic.Int64
+	drain time.Duration // drainFor, but in tests
 
 	acked     atomic.Uint64 // features the driver took
 	writeback atomic.Bool   // what the driver chose in the config space
@@ -100,13 +101,13 @@ type Device struct {
 	users int        // queues that run or are being started
 
 	mu     sync.Mutex
-	queues map[*queue]struct{}
-	past   Stats // of queues that have ended
+	queues map[*queue]bool // true: lost, Stop could not drain it
+	past   Stats           // of queues that have ended
 }
 
 // New returns a device over the graph, whose root is size bytes long.
 func New(g *blk.Graph, size int64, o Options) *Device {
-	d := &Device{opts: o, graph: g, queues: map[*queue]struct{}{}}
+	d := &Device{opts: o, graph: g, drain: drainFor, queues: map[*queue]bool{}}
 	if d.opts.Log == nil {
 		d.opts.Log = slog.Default()
 	}
@@ -189,7 +190,7 @@ func (d *Device) SetConfig(off uint32, b []byte) error {
 	}
 	// The driver never flushes from now on: what it was told before must become durable too, and nothing be in flight
 	// that began with the cache.
-	ctx, cancel := context.WithTimeout(context.Background(), drainFor)
+	ctx, cancel := context.WithTimeout(context.Background(), d.drain)
 	defer cancel()
 	return d.graph.Change(ctx, func(tx *blk.Tx) error {
 		d.writeback.Store(false)
@@ -270,7 +271,19 @@ func (d *Device) Stats() Stats {
 	return s
 }
 
-// Running is the number of queues that a driver uses now.
+// lost are the queues that were stopped and have requests in flight all the same.
+func (d *Device) lost() (all []*queue) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for q, lost := range d.queues {
+		if lost {
+			all = append(all, q)
+		}
+	}
+	return all
+}
+
+// Running is the number of queues that a driver uses now, or that have requests in flight.
 func (d *Device) Running() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -23,7 +23,7 @@ const (
 	chunk = 4
 	// maxTasks is how many requests of a queue may be on the slow path. Each holds bounded memory.
 	maxTasks = 64
-	// drainFor is how long Stop waits for requests in flight.
+	// drainFor is how long Stop and SetConfig wait for requests in flight.
 	drainFor = 60 * time.Second
 )
 
@@ -80,10 +80,26 @@ func startQueue(d *Device, r vhostuser.Ring) (vhostuser.Queue, error) {
 	}
 	d.graph.Attach(q)
 	d.mu.Lock()
-	d.queues[q] = struct{}{}
+	d.queues[q] = false
 	d.mu.Unlock()
-	q.loop.Post(q.resume) // it began at rest
+	q.resumeAfter(d.lost()) // it began at rest
 	return sessionQueue{q}, nil
+}
+
+// resumeAfter resumes the queue when the lost ones have ended. An old write that comes after a new one would undo it, and
+// a request of an earlier life must not be done twice at once.
+func (q *queue) resumeAfter(lost []*queue) {
+	if len(lost) == 0 {
+		q.Resume()
+		return
+	}
+	q.dev.opts.Log.Warn("a queue waits for requests of an earlier one that are still in flight", "disk", q.dev.opts.ID, "queue", q.r.Index)
+	go func() {
+		for _, l := range lost {
+			<-l.end
+		}
+		q.Resume() // it may have been stopped meanwhile, and then this does nothing
+	}()
 }
 
 // The loop's side, in the order of a turn.
@@ -286,13 +302,33 @@ var errDrain = errors.New("requests are still in flight")
 
 // Stop implements vhostuser.Queue.
 func (q *queue) Stop() (uint16, error) {
+	settled := q.settle()
 	select {
-	case <-q.settle():
-	case <-time.After(drainFor):
-		// The kernel may still write to guest memory: the loop lives on, at rest.
-		return q.lastAvail(), fmt.Errorf("queue %d: %w after %v", q.r.Index, errDrain, drainFor)
+	case <-settled:
+		base := q.lastAvail()
+		q.finish()
+		return base, nil
+	case <-time.After(q.dev.drain):
 	}
-	base := q.lastAvail()
+	// The kernel may still write to guest memory, so the loop lives on until it does not. It leaves the ring alone, which
+	// may be another queue's soon.
+	var base uint16
+	q.do(func() {
+		q.publish()
+		q.broken, base = true, q.ring.LastAvail()
+	})
+	q.dev.mu.Lock()
+	q.dev.queues[q] = true
+	q.dev.mu.Unlock()
+	go func() {
+		<-settled
+		q.finish()
+	}()
+	return base, fmt.Errorf("queue %d: %w after %v", q.r.Index, errDrain, q.dev.drain)
+}
+
+// finish ends the loop, which has nothing in flight.
+func (q *queue) finish() {
 	q.loop.Post(q.loop.Stop)
 	<-q.end
 	q.dev.graph.Detach(q)
@@ -301,7 +337,6 @@ func (q *queue) Stop() (uint16, error) {
 	q.dev.past.add(q.count.load())
 	q.dev.mu.Unlock()
 	q.dev.unuse()
-	return base, nil
 }
 
 func (q *queue) lastAvail() (base uint16) {

@@ -960,6 +960,90 @@ func TestDrain(t *testing.T) {
 	}
 }
 
+// What could not be drained is done before anything of the next session, and the ring is not told of it: an old write after
+// a new one would undo it, and a request must not be answered twice.
+func TestUndrained(t *testing.T) {
+	f := blktest.NewFault(blktest.NewMemory(1 << 20))
+	s := serve(t, f, Options{})
+	s.dev.drain = 20 * time.Millisecond
+	d := s.dial(t, frontend.Options{Reconnect: 5 * time.Millisecond})
+	hold := f.Add(blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Hold: true, Count: 1})
+	old, fresh := bytes.Repeat([]byte{1}, 4096), bytes.Repeat([]byte{2}, 4096)
+	done := make(chan error, 1)
+	go func() { _, err := d.WriteAt(old, 0); done <- err }()
+	hold.Wait(t, 1)
+	if err := d.Reconnect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-done:
+		t.Errorf("the write was done again while the first try was in flight; error %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	hold.Release()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if n := f.Count(blk.OpWrite); n != 2 {
+		t.Errorf("%d writes, want the lost one and its repetition", n)
+	}
+	if _, err := d.WriteAt(fresh, 0); err != nil {
+		t.Error(err)
+	}
+	got := make([]byte, 4096)
+	if _, err := d.ReadAt(got, 0); err != nil || !bytes.Equal(got, fresh) {
+		t.Errorf("an old write shows; error %v", err)
+	}
+	if n := s.dev.Running(); n != 1 {
+		t.Errorf("%d queues run", n)
+	}
+}
+
+// Whoever takes memory away or disables a ring is answered when nothing is in flight: by then a front-end may unmap the
+// memory, or take a snapshot of it.
+func TestPauseDrains(t *testing.T) {
+	f := blktest.NewFault(blktest.NewMemory(1 << 20))
+	d := serve(t, f, Options{}).dial(t, frontend.Options{})
+	enable := func(on byte) error {
+		_, err := d.Conn().Call(frontend.Message{Request: frontend.MsgSetVringEnable, Flags: frontend.FlagNeedReply, Payload: []byte{0, 0, 0, 0, on, 0, 0, 0}}, 10*time.Second)
+		return err
+	}
+	var gpa uint64
+	for _, c := range []struct {
+		name string
+		do   func() error
+	}{
+		{"ADD_MEM_REG", func() (err error) { gpa, err = d.AddMemory(1 << 20); return err }},
+		{"REM_MEM_REG", func() error { return d.RemoveMemory(gpa) }},
+		{"VRING_ENABLE 0", func() error { return enable(0) }},
+	} {
+		hold := f.Add(blktest.Rule{Ops: []blk.Op{blk.OpRead}, Hold: true, Count: 1})
+		read, done := make(chan error, 1), make(chan error, 1)
+		go func() { _, err := d.ReadAt(make([]byte, 4096), 0); read <- err }()
+		hold.Wait(t, 1)
+		go func() { done <- c.do() }()
+		select {
+		case err := <-done:
+			t.Errorf("%s was answered with a request in flight; error %v", c.name, err)
+		case <-time.After(30 * time.Millisecond):
+			hold.Release()
+			if err := <-done; err != nil {
+				t.Errorf("%s: %v", c.name, err)
+			}
+		}
+		hold.Release()
+		if err := <-read; err != nil {
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+	if err := enable(1); err != nil {
+		t.Error(err)
+	}
+	if _, err := d.ReadAt(make([]byte, 4096), 0); err != nil {
+		t.Error(err)
+	}
+}
+
 // More slow requests than coroutines: they wait their turn.
 func TestManySlow(t *testing.T) {
 	f := blktest.NewFault(blktest.NewMemory(1 << 20))
@@ -988,6 +1072,99 @@ func TestManySlow(t *testing.T) {
 		if err := (<-done).Err(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// Every page of guest memory that the device changes is in the dirty-page log before the driver hears of it, whatever way
+// the bytes came: read straight into it, through a buffer of ours, filled with zeros, or copied.
+func TestDirtyLog(t *testing.T) {
+	const (
+		size  = 1 << 20
+		page  = 4096
+		count = 300 // used elements: more than one page of the used ring
+	)
+	direct := file.Options{Direct: true, Align: 512}
+	for _, c := range []struct {
+		name  string
+		open  func() blk.Node
+		opts  Options
+		shift uint64 // of the buffers: direct I/O cannot use them when they are not aligned
+	}{
+		{"tmpfs", func() blk.Node { return image(t, tmpfs(t), size, file.Options{}) }, Options{}, 0},
+		{"direct", func() blk.Node { return image(t, t.TempDir(), size, direct) }, Options{}, 0},
+		{"direct, pool", func() blk.Node { return image(t, t.TempDir(), size, direct) }, Options{NoURing: true}, 0},
+		{"bounced", func() blk.Node { return image(t, t.TempDir(), size, direct) }, Options{}, 1},
+		{"zeros", func() blk.Node { return newPieces(blktest.NewMemory(size), page) }, Options{}, 0},
+		{"slow", func() blk.Node { return blktest.NewMemory(size) }, Options{}, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := c.open()
+			if c.name != "zeros" {
+				b := randomBytes(rand.New(rand.NewPCG(1, 2)), size)
+				if err := blk.Do(blk.NewTask(), n, &blk.Request{Op: blk.OpWrite, Len: size, Data: blk.BytesVec(nil, b)}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			c.opts.Serial = "serial"
+			d := serve(t, n, c.opts).dial(t, frontend.Options{Manual: true, QueueSize: 1024})
+			r := newRing(t, d, 0)
+			gpa, err := d.Alloc(64 * page)
+			if err != nil {
+				t.Fatal(err)
+			}
+			gpa = (gpa + page - 1) &^ (page - 1)
+			rings := d.Memory().Regions()[0].GPA()
+			var watched [2][]byte
+			for i, at := range []uint64{rings, gpa} {
+				if watched[i], err = d.Memory().Bytes(at, 16*page); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for i := range watched[1] {
+				watched[1][i] = 0xee
+			}
+			log, err := d.StartLog()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := range count {
+				typ, in := uint64(typeIn), []virtq.Buf{
+					{GPA: gpa + page + c.shift, Len: 2 * page}, {GPA: gpa + 5*page + c.shift, Len: page}, {GPA: gpa + 9*page, Len: 1},
+				}
+				if i == count-1 {
+					typ, in = typeGetID, []virtq.Buf{{GPA: gpa + 11*page - 2, Len: 20}, {GPA: gpa + 13*page, Len: 1}}
+				}
+				copy(watched[1], le64(typ))
+				r.add([]virtq.Buf{{GPA: gpa, Len: 16}}, in, false)
+				r.drv.EnableInterrupts()
+				r.drv.Publish()
+				var before [2][]byte
+				for j := range watched {
+					before[j] = bytes.Clone(watched[j])
+				}
+				signal(r.kick)
+				if !waitFD(r.call, 10*time.Second) {
+					t.Fatal("no answer")
+				}
+				for j, at := range []uint64{rings, gpa} {
+					for off := 0; off < len(watched[j]); off += page {
+						changed := !bytes.Equal(before[j][off:][:page], watched[j][off:][:page])
+						if changed && !log.Dirty(at+uint64(off)) {
+							t.Fatalf("request %d: page %#x changed and is not marked", i, at+uint64(off))
+						}
+					}
+				}
+				r.wait()
+			}
+			for _, p := range []uint64{0, 4, 7, 8} {
+				if log.Dirty(gpa + p*page) {
+					t.Errorf("page %d is marked, and was not written", p)
+				}
+			}
+			if !log.Dirty(gpa+9*page) || !log.Dirty(gpa+10*page) || !log.Dirty(gpa+11*page) {
+				t.Error("status or serial number are not marked")
+			}
+		})
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -647,6 +648,53 @@ func (n readOnly) Do(t *blk.Task, r *blk.Request) error {
 		panic("a change of a read-only disk")
 	}
 	return n.Node.Do(t, r)
+}
+
+// sink is a large disk that takes all changes and keeps their flags.
+type sink struct{ *spy }
+
+func (s sink) Info() *blk.Info { in := *s.Node.Info(); in.Size = 1 << 40; return &in }
+
+func (s sink) Do(_ *blk.Task, r *blk.Request) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.flags[r.Op] = append(s.flags[r.Op], r.Flags)
+	return nil
+}
+
+// The largest range that is offered is taken and a larger one is not, and space is given back to the host only if the user
+// lets the guest do that.
+func TestRanges(t *testing.T) {
+	const most = 1 << 30 / 512
+	for _, discard := range []bool{true, false} {
+		n := sink{&spy{Node: blktest.NewMemory(1 << 20), flags: map[blk.Op][]blk.Flags{}}}
+		d := serve(t, n, Options{Discard: discard}).dial(t, frontend.Options{})
+		gpa, err := d.Alloc(512)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range []struct {
+			sectors, flags uint64
+			want           byte
+		}{{most, 0, frontend.StatusOK}, {most, 1, frontend.StatusOK}, {most + 1, 0, frontend.StatusIOErr}, {1<<32 - 1, 1, frontend.StatusIOErr}} {
+			b, err := d.Memory().Bytes(gpa, 16)
+			if err != nil {
+				t.Fatal(err)
+			}
+			copy(b, rangeBytesOf([3]uint64{0, c.sectors, c.flags}))
+			r := submit(t, d, 0, &frontend.Request{Type: frontend.TypeWriteZeroes, Data: []virtq.Buf{{GPA: gpa, Len: 16}}})
+			if r.Status != c.want {
+				t.Errorf("%d sectors: status %d, want %d", c.sectors, r.Status, c.want)
+			}
+		}
+		want := []blk.Flags{0, blk.Unmap}
+		if !discard {
+			want[1] = 0
+		}
+		if got := n.take(blk.OpWriteZeroes); !slices.Equal(got, want) {
+			t.Errorf("discard %v: flags %v, want %v", discard, got, want)
+		}
+	}
 }
 
 // One error of the block layer, one status.

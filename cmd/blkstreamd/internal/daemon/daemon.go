@@ -45,7 +45,7 @@ type Daemon struct {
 
 	rpc *ttrpc.Server
 	wg  sync.WaitGroup
-	end chan struct{} // closed when a disk on a connected socket has been served
+	end chan struct{} // closed when the mode for one disk has served it on a connected socket
 
 	// Lock order: changes, mu. The graph's and the jobs' locks come after.
 	changes sync.Mutex // one change of disks and jobs at a time: add, remove, resize, copy

@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/config"
 	"github.com/blkstream/blkstream/copy/control"
@@ -370,6 +372,100 @@ func TestSwitchRecord(t *testing.T) {
 	b.stop(d)
 }
 
+type notASocket struct{ path string }
+
+func (n notASocket) File() (*os.File, error) { return os.Open(n.path) }
+
+// Sockets that were inherited: one that listens is served for ever, one that is connected until its front-end goes, which
+// is the end of a daemon for one disk.
+func TestInheritedSocket(t *testing.T) {
+	b := newBed(t)
+	inherit := func(s interface{ File() (*os.File, error) }) string {
+		f, err := s.File()
+		b.must(err)
+		defer f.Close()
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+		b.must(err)
+		return fmt.Sprintf("fd:%d", fd)
+	}
+	listen := func(id string) *net.UnixListener {
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: b.path(id + ".sock"), Net: "unix"})
+		b.must(err)
+		t.Cleanup(func() { l.Close() })
+		return l
+	}
+	// connected returns a guest and the daemon's end of its connection; dialling ends when somebody serves that.
+	connected := func(id string) (guest chan *frontend.Disk, socket string) {
+		l := listen(id)
+		guest = make(chan *frontend.Disk, 1)
+		go func() { guest <- b.guest(id) }()
+		c, err := l.AcceptUnix()
+		b.must(err)
+		defer c.Close()
+		return guest, inherit(c)
+	}
+	one := func(socket string, readOnly bool) *config.File {
+		k := config.NewDisk()
+		k.ID, k.Image, k.Format, k.Socket, k.Cache, k.ReadOnly = "disk0", b.path("a.img"), "raw", socket, "writeback", readOnly
+		b.must(k.Validate())
+		return &config.File{Disks: []config.Disk{k}}
+	}
+	b.image("a.img")
+
+	d, err := b.try(one(inherit(listen("disk0")), false))
+	b.must(err)
+	for i := range byte(3) {
+		b.write("disk0", i)
+		b.holds("disk0", i)
+	}
+	b.stop(d)
+
+	guest, socket := connected("disk1")
+	d, err = b.try(one(socket, true))
+	b.must(err)
+	g := <-guest
+	if _, err := g.WriteAt(make([]byte, 512), 0); !errors.Is(err, frontend.ErrIO) {
+		t.Errorf("a write to a read-only disk: %v", err)
+	}
+	select {
+	case <-d.Done():
+		t.Error("done while there is a front-end")
+	default:
+	}
+	b.must(g.Close())
+	<-d.Done()
+	b.stop(d)
+
+	// Several disks, each with a connection: the end of one is not the end of the others.
+	guest2, socket2 := connected("disk2")
+	guest3, socket3 := connected("disk3")
+	disk := func(id, socket string) string {
+		return strings.Replace(b.disk(id, b.image(id+".img")), b.path(id+".sock"), socket, 1)
+	}
+	d, _ = b.start(b.load("", disk("disk2", socket2), disk("disk3", socket3)))
+	b.must((<-guest2).Close())
+	k, err := d.find("disk2")
+	b.must(err)
+	<-k.served
+	select {
+	case <-d.Done():
+		t.Error("one disk's end is the daemon's")
+	default:
+	}
+	g = <-guest3
+	_, err = g.WriteAt(make([]byte, 512), 0)
+	b.must(err)
+	b.must(g.Close())
+	b.stop(d)
+
+	for _, socket := range []string{"fd:999", inherit(notASocket{b.path("a.img")})} {
+		if d, err := b.try(one(socket, false)); err == nil || !strings.Contains(err.Error(), socket) {
+			t.Errorf("%s, which is no socket: %v", socket, err)
+			b.stop(d)
+		}
+	}
+}
+
 func TestAddedDisk(t *testing.T) {
 	b := newBed(t)
 	f := b.load("")
@@ -440,6 +536,37 @@ func TestAddedDisk(t *testing.T) {
 	b.stop(d)
 }
 
+// A disk that was removed and is added again under its id does not go back to an image that it was moved away from, now or
+// after a restart; nor does the configuration take one that was added at run time to another image.
+func TestAddedAgain(t *testing.T) {
+	b := newBed(t)
+	old, target, other := b.image("old.img"), b.path("new.img"), b.image("other.img")
+	f := b.load("", b.disk("disk0", old), b.disk("disk1", other))
+	d, c := b.start(f)
+	add := func(id, image string) error {
+		_, err := c.DiskAdd(t.Context(), &control.DiskAddRequest{Id: id, Socket: b.path(id + ".sock"), Image: image, Format: "raw"})
+		return err
+	}
+	b.move(c, "disk0", target)
+	for _, id := range []string{"disk0", "disk1"} {
+		_, err := c.DiskRemove(t.Context(), &control.DiskRemoveRequest{Id: id})
+		b.must(err)
+	}
+	b.wants(add("disk0", old), control.ErrPrecondition, old, target)
+	b.wants(add("disk1", b.image("x.img")), control.ErrPrecondition, other)
+	b.must(add("disk0", target))
+	b.write("disk0", 4)
+	b.must(add("extra", b.image("extra.img")))
+	b.stop(d)
+
+	d, _ = b.start(f)
+	b.holds("disk0", 4)
+	b.stop(d)
+	b.refused(b.load("", b.disk("disk0", target), b.disk("extra", b.image("y.img"))), b.path("extra.img"), b.path("y.img"))
+	d, _ = b.start(b.load("", b.disk("disk0", target), b.disk("extra", b.path("extra.img"))))
+	b.stop(d)
+}
+
 // No two disks or jobs may write to one image.
 func TestOneWriter(t *testing.T) {
 	b := newBed(t)
@@ -477,7 +604,9 @@ func TestOneWriter(t *testing.T) {
 	b.holds("disk3", 7)
 	b.stop(d)
 
-	b.refused(b.load("", b.disk("disk1", one), b.disk("disk2", one)), one, "disk2")
+	alias := b.path("alias.img") // another name, which the configuration lets through
+	b.must(os.Symlink(one, alias))
+	b.refused(b.load("", b.disk("disk1", one), b.disk("disk2", alias)), alias, "disk2")
 	// Another program, or another daemon, has its own descriptors; the lock is the image's.
 	n, err := file.Open(two, file.Options{})
 	b.must(err)

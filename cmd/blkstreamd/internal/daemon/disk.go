@@ -81,18 +81,22 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 	if err != nil {
 		return err
 	}
+	added := r.Added != nil
+	changed := added
 	r.Added = nil
 	if r.CopyOnRead != nil && *r.CopyOnRead == spec.CopyOnRead {
-		r.CopyOnRead = nil
-		if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
-			return err
-		}
+		r.CopyOnRead, changed = nil, true
 	}
 	switch {
 	case found && spec.Image != r.Image && slices.Contains(r.Moved, spec.Image):
 		// Served from where it was moved to; warning says so.
-	case found && spec.Image != r.Image && len(r.Moved) > 0:
-		return fmt.Errorf("%s:%d: disk %q was moved to %s, but the configuration names %s, which it has never been on: "+
+		if changed {
+			if err := d.store.Save(recordKind, spec.ID, &r); err != nil {
+				return err
+			}
+		}
+	case found && spec.Image != r.Image && (added || len(r.Moved) > 0):
+		return fmt.Errorf("%s:%d: disk %q is on %s, but the configuration names %s, which it has never been on: "+
 			"write image = %q, or, if you are sure that %s holds the disk, remove %s/%s/%s.json",
 			d.file.Path, d.file.ImageLine(spec.ID), spec.ID, r.Image, spec.Image, r.Image, spec.Image,
 			d.file.Daemon.StateDir, recordKind, spec.ID)
@@ -327,7 +331,9 @@ func (k *disk) serve() error {
 				return fmt.Errorf("socket %q: not a Unix socket", k.spec.Socket)
 			}
 			serve = func() error {
-				defer close(k.d.end)
+				if k.d.store == nil { // nobody can add a disk
+					defer close(k.d.end)
+				}
 				return k.server.ServeConn(ctx, u)
 			}
 		} else {

@@ -134,7 +134,16 @@ func (s *service) DiskAdd(_ context.Context, r *control.DiskAddRequest) (*contro
 	if err := s.d.unused(spec.Image); err != nil {
 		return nil, err
 	}
-	rec := record{Image: spec.Image, Format: spec.Format, Added: &spec}
+	// What is known of a disk of this id counts, also when it was removed for now: it may have been moved.
+	var old record
+	if _, err := s.d.store.Load(recordKind, spec.ID, &old); err != nil {
+		return nil, err
+	}
+	if old.Image != "" && old.Image != spec.Image && (len(old.Moved) > 0 || s.d.file.ImageLine(spec.ID) > 0) {
+		return nil, control.Errorf(control.ErrPrecondition, "disk %q is on %s, not on %s: add it with that image, or choose another id",
+			spec.ID, old.Image, spec.Image)
+	}
+	rec := record{Image: spec.Image, Format: spec.Format, Moved: old.Moved, Added: &spec}
 	k, err := s.d.startDisk(spec, rec)
 	if err != nil {
 		return nil, err
