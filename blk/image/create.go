@@ -77,6 +77,9 @@ func Create(ctx context.Context, path string, o CreateOptions) (err error) {
 		if err := o.makeDataFile(ctx, t, path, &made); err != nil {
 			return err
 		}
+		if o.Preallocation == preallocFalloc || o.Preallocation == preallocFull {
+			o.Preallocation = preallocMetadata // the data has its space
+		}
 	}
 	if err := qcow2.Create(t, f, o.CreateOptions); err != nil {
 		return fmt.Errorf("create image %q: %w", path, err)

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -757,6 +758,8 @@ func TestCreateConvert(t *testing.T) {
 		{o: CreateOptions{Format: Qcow2, CreateOptions: qcow2.CreateOptions{BackingFile: "base", BackingFormat: Qcow2}}, compress: true},
 		{o: CreateOptions{Format: Qcow2, CreateOptions: qcow2.CreateOptions{DataFile: "data1"}}},
 		{o: CreateOptions{Format: Qcow2, CreateOptions: qcow2.CreateOptions{DataFile: "data2", DataFileRaw: true}}},
+		{o: CreateOptions{Format: Qcow2, CreateOptions: qcow2.CreateOptions{DataFile: "data3", Preallocation: "falloc"}}},
+		{o: CreateOptions{Format: Qcow2, CreateOptions: qcow2.CreateOptions{DataFile: "data4", DataFileRaw: true, Preallocation: "full"}}},
 	} {
 		t.Run(fmt.Sprintf("%+v compress=%v", c.o, c.compress), func(t *testing.T) {
 			c.o.Size = -1
@@ -1026,6 +1029,44 @@ func TestRebaseInterrupted(t *testing.T) {
 	infos, err := Describe(d.at("top"), Qcow2, true, Options{})
 	if err != nil || len(infos) != 2 || infos[0].BackingFilename != "other" {
 		t.Errorf("%+v, %v", infos, err)
+	}
+}
+
+// brimful is a file that takes no data any more where it was not before.
+type brimful struct {
+	*file.Node
+	end int64
+}
+
+func (b *brimful) TryMap(blk.Op, int64, int64) (blk.Extent, bool) { return blk.Extent{}, false }
+
+func (b *brimful) Do(t *blk.Task, r *blk.Request) error {
+	if r.Op == blk.OpWrite && r.Off >= b.end && r.Len > 4096 { // not tables
+		return syscall.ENOSPC
+	}
+	return b.Node.Do(t, r)
+}
+
+// A rebase for which there is no room changes nothing that a guest could see, whatever of it was done before.
+func TestRebaseNoSpace(t *testing.T) {
+	need(t, "qemu-img", "qemu-io")
+	d := newDir(t)
+	d.tool("qemu-img", "create", "-q", "-f", "raw", "base", "8M")
+	d.tool("qemu-io", "-f", "raw", "-c", "write -P 5 0 8M", "base")
+	d.tool("qemu-img", "create", "-q", "-f", "qcow2", "zeros", "8M")
+	d.tool("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "top")
+	data := d.contents("top", Qcow2)
+	for _, l := range []Layer{{}, {"zeros", Qcow2}} {
+		err := Rebase(t.Context(), d.at("top"), RebaseOptions{Layer: l, storage: func(f *file.Node) blk.Node {
+			return &brimful{f, f.Info().Size}
+		}})
+		if !blk.IsNoSpace(err) {
+			t.Fatal(err)
+		}
+		d.checkClean("top")
+		if at := firstDifference(d.contents("top", Qcow2), data); at >= 0 {
+			t.Fatalf("to %q: byte %d reads as something else than before", l.Path, at)
+		}
 	}
 }
 

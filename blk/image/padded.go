@@ -5,7 +5,7 @@ package image
 import "github.com/blkstream/blkstream/blk"
 
 // padded is a disk with zeros behind its end, so that the image in front of it never has to make any up there. It
-// does not own the disk.
+// does not own the disk; nil: all of it is zeros.
 type padded struct {
 	disk blk.Node
 	info blk.Info
@@ -13,6 +13,9 @@ type padded struct {
 
 // newPadded makes the disk at least size bytes long.
 func newPadded(disk blk.Node, size int64) *padded {
+	if disk == nil {
+		return &padded{info: blk.Info{Kind: "padded", Size: roundUp(size, blk.SectorSize), Align: 1, ReadOnly: true}}
+	}
 	in := *disk.Info()
 	in.Kind, in.ReadOnly, in.Discard = "padded", true, false
 	in.Size = max(in.Size, roundUp(size, blk.SectorSize))
@@ -22,22 +25,21 @@ func newPadded(disk blk.Node, size int64) *padded {
 // Info implements blk.Node.
 func (p *padded) Info() *blk.Info { return &p.info }
 
-// TryMap implements blk.Node.
-func (p *padded) TryMap(op blk.Op, off, l int64) (blk.Extent, bool) {
-	size := p.disk.Info().Size
-	switch {
-	case op != blk.OpRead || off < 0 || l <= 0 || off >= p.info.Size:
-		return blk.Extent{}, false
-	case off >= size:
-		return blk.Extent{Len: min(l, p.info.Size-off), State: blk.Zero}, true
-	default:
-		return p.disk.TryMap(op, off, min(l, size-off))
+// size is how much of it is the disk's.
+func (p *padded) size() int64 {
+	if p.disk == nil {
+		return 0
 	}
+	return p.disk.Info().Size
 }
+
+// TryMap never knows. The header of the image in front names another disk until all is done: where that is not zeros,
+// data must be durable before its table is, though there are zeros here.
+func (p *padded) TryMap(blk.Op, int64, int64) (blk.Extent, bool) { return blk.Extent{}, false }
 
 // Map implements blk.Node.
 func (p *padded) Map(t *blk.Task, off, l int64) (blk.Extent, error) {
-	size := p.disk.Info().Size
+	size := p.size()
 	if off >= size && off < p.info.Size && l > 0 {
 		return blk.Extent{Len: min(l, p.info.Size-off), State: blk.Zero}, nil
 	}
@@ -53,7 +55,7 @@ func (p *padded) Do(t *blk.Task, r *blk.Request) error {
 	default:
 		return blk.ErrNotSupported
 	}
-	have := max(0, min(r.Len, p.disk.Info().Size-r.Off))
+	have := max(0, min(r.Len, p.size()-r.Off))
 	r.Data.AppendSlice(nil, have, r.Len-have).Zero()
 	if have == 0 {
 		return nil
@@ -63,7 +65,12 @@ func (p *padded) Do(t *blk.Task, r *blk.Request) error {
 }
 
 // Children implements blk.Node.
-func (p *padded) Children() []blk.Node { return []blk.Node{p.disk} }
+func (p *padded) Children() []blk.Node {
+	if p.disk == nil {
+		return nil
+	}
+	return []blk.Node{p.disk}
+}
 
 // Close implements blk.Node.
 func (p *padded) Close() error { return nil }

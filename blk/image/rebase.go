@@ -9,6 +9,7 @@ import (
 	"fmt"
 
 	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/qcow2"
 )
 
@@ -21,6 +22,8 @@ type RebaseOptions struct {
 	Unsafe, KeepName bool
 	Check            func(path string) error
 	Progress         Progress
+
+	storage func(*file.Node) blk.Node // see Options.Storage
 }
 
 // Rebase gives the qcow2 image at path another backing image. Unless it is unsafe, what the old one shows through and
@@ -41,13 +44,15 @@ func Rebase(ctx context.Context, path string, o RebaseOptions) error {
 		defer next.Close() //nolint:errcheck // nothing was written
 	}
 	r := rebaser{}
-	g, err := open(t, path, Qcow2, Options{Check: o.Check}, func(g *Image) blk.Node {
+	g, err := open(t, path, Qcow2, Options{Check: o.Check, Storage: o.storage}, func(g *Image) blk.Node {
 		if g.Lower != nil {
 			r.old = g.Lower
 		}
+		var disk blk.Node
 		if next != nil {
-			r.next = newPadded(next.Root, g.Chain[0].Header.Size)
+			disk = next.Root
 		}
+		r.next = newPadded(disk, g.Chain[0].Header.Size)
 		return r.next
 	})
 	if err != nil {
@@ -140,7 +145,7 @@ func (g *Image) setBacking(t *blk.Task, node blk.Node, l Layer) error {
 	return flush(t, n)
 }
 
-// rebaser copies from the old backing image what the new one has not. Either may be nil.
+// rebaser copies from the old backing image, which may be nil, what the new one has not.
 //
 // While it does, the image is opened over the new one: where that is not zeros, zeros are stored. What is not copied is
 // the same in both, so that it does not matter which one fills up a cluster that is written in part, nor which one

@@ -319,6 +319,11 @@ func (n *Node) claim(t *blk.Task, start, count, limit int64) (run, error) {
 		return run{}, err
 	}
 	old := roundUp(n.storage.Info().Size, n.clusterSize()) >> n.clusterBits
+	if start < old {
+		if err := n.notInUse(t, start<<n.clusterBits, end-start); err != nil {
+			return run{}, err
+		}
+	}
 	if err := n.growStorage(t, end<<n.clusterBits); err != nil {
 		return run{}, err
 	}

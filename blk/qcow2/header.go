@@ -98,6 +98,7 @@ type Header struct {
 	more                 []byte           // fields behind Compression that we do not know
 	backingOff           int64            // where storedName is stored, 0: nowhere
 	storedName           string           // the backing file's name in the image
+	storedEnd            int64            // where the extensions end in the image
 	hasDataFileExtension bool
 }
 
@@ -219,25 +220,28 @@ func ParseHeader(b []byte, fileSize int64) (*Header, error) {
 			end = h.backingOff
 		}
 	}
-	if err := h.parseExtensions(b[length:end]); err != nil {
+	rest, err := h.parseExtensions(b[length:end])
+	if err != nil {
 		return nil, err
 	}
+	h.storedEnd = end - int64(len(rest))
 	if err := h.check(fileSize); err != nil {
 		return nil, err
 	}
 	return h, nil
 }
 
-func (h *Header) parseExtensions(b []byte) error {
+// parseExtensions returns what is behind them.
+func (h *Header) parseExtensions(b []byte) (rest []byte, err error) {
 	be := binary.BigEndian
 	for len(b) >= 8 {
 		kind, n := be.Uint32(b), int64(be.Uint32(b[4:]))
-		if kind == extEnd {
-			return nil
-		}
 		b = b[8:]
+		if kind == extEnd {
+			return b, nil
+		}
 		if n > int64(len(b)) {
-			return invalid("header extension %#x of %d bytes", kind, n)
+			return nil, invalid("header extension %#x of %d bytes", kind, n)
 		}
 		data := b[:n]
 		b = b[min((n+7)&^7, int64(len(b))):]
@@ -247,18 +251,21 @@ func (h *Header) parseExtensions(b []byte) error {
 		case extDataFile:
 			h.DataFile, h.hasDataFileExtension = string(data), true
 		case extBitmaps:
+			if h.Autoclear&AutoclearBitmaps == 0 {
+				continue // out of date: what it points to may be anything by now. As QEMU, we forget it.
+			}
 			if n != 24 {
-				return invalid("bitmaps extension of %d bytes", n)
+				return nil, invalid("bitmaps extension of %d bytes", n)
 			}
 			h.Bitmaps = BitmapsExtension{be.Uint32(data), int64(be.Uint64(data[8:])), int64(be.Uint64(data[16:]))}
 			if h.Bitmaps.Count == 0 || h.Bitmaps.Count > maxBitmaps {
-				return invalid("bitmaps extension with %d bitmaps", h.Bitmaps.Count)
+				return nil, invalid("bitmaps extension with %d bitmaps", h.Bitmaps.Count)
 			}
 		default:
 			h.Extensions = append(h.Extensions, Extension{kind, bytes.Clone(data)})
 		}
 	}
-	return nil
+	return b, nil
 }
 
 // check refuses what we cannot handle or what would make us use unreasonable amounts of memory.
@@ -384,8 +391,9 @@ func FeatureNames() Extension {
 }
 
 // encode returns the fixed fields with the extensions, and the backing file's name, which is to be stored at the
-// offset nameOff. The name does not overlap the place it had before if there is room, nor the first sector unless all
-// fits there: writing the name first and the first sector last then changes both at once.
+// offset nameOff. The name overlaps nothing that counts before if there is room, nor the first sector unless all fits
+// there: writing the name first and the first sector last then changes both at once. What can change and what nobody
+// else knows comes first, so that it is usually in that sector; the feature names, which nobody needs, come last.
 func (h *Header) encode() (head, name []byte, nameOff int64, err error) {
 	be := binary.BigEndian
 	length := headerLenV2
@@ -430,13 +438,17 @@ func (h *Header) encode() (head, name []byte, nameOff int64, err error) {
 	if h.hasDataFileExtension || h.DataFile != "" {
 		add(extDataFile, []byte(h.DataFile))
 	}
-	for _, e := range h.Extensions {
-		add(e.Type, e.Data)
-	}
 	if h.Bitmaps.Count > 0 {
 		d := be.AppendUint64(nil, uint64(h.Bitmaps.Count)<<32)
 		d = be.AppendUint64(d, uint64(h.Bitmaps.DirectorySize))
 		add(extBitmaps, be.AppendUint64(d, uint64(h.Bitmaps.DirectoryOffset)))
+	}
+	for _, last := range []bool{false, true} {
+		for _, e := range h.Extensions {
+			if last == (e.Type == extFeatureNames) {
+				add(e.Type, e.Data)
+			}
+		}
 	}
 	add(extEnd, nil)
 
@@ -462,8 +474,8 @@ func (h *Header) placeName(headLen, n int64) (int64, error) {
 	case h.backingOff >= headLen && h.storedName == h.BackingFile:
 		return h.backingOff, nil
 	case headLen+n > sector:
-		at = roundUp(headLen, sector)
-		// Not over the old name, which is valid until the first sector is written.
+		// Not over the old extensions and the old name, which are valid until the first sector is written.
+		at = roundUp(max(headLen, h.storedEnd), sector)
 		if end := h.backingOff + int64(len(h.storedName)); h.backingOff < at+n && at < end {
 			at = roundUp(end, sector)
 		}
@@ -475,6 +487,34 @@ func (h *Header) placeName(headLen, n int64) (int64, error) {
 	}
 	return 0, fmt.Errorf("qcow2: the header and the backing file's name do not fit into a cluster of %d bytes: %w",
 		h.ClusterSize(), blk.ErrInvalid)
+}
+
+// firstSector is a header that ends with the first sector: what encode returned, without the extensions that do not fit.
+// It is nil if there is no such header.
+func firstSector(head []byte) []byte {
+	be := binary.BigEndian
+	at, bitmaps := int64(headerLenV2), false
+	if be.Uint32(head[4:]) >= 3 {
+		at = int64(be.Uint32(head[100:]))
+	}
+	const end = blk.SectorSize - 8 // room for what says that there are no more
+	if at > end {
+		return nil
+	}
+	for {
+		next := at + 8 + roundUp(int64(be.Uint32(head[at+4:])), 8)
+		if next > end {
+			break
+		}
+		bitmaps = bitmaps || be.Uint32(head[at:]) == extBitmaps
+		at = next
+	}
+	b := bytes.Clone(head[:blk.SectorSize])
+	clear(b[at:])
+	if be.Uint32(head[4:]) >= 3 && !bitmaps {
+		be.PutUint64(b[88:], be.Uint64(b[88:])&^AutoclearBitmaps)
+	}
+	return b
 }
 
 // Encode returns the first cluster, or its beginning if the rest is zeros. It is for new images.

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -95,30 +96,54 @@ func (n *Node) loadRefTable(t *blk.Task) error {
 	return nil
 }
 
-// noteMetadata notes the clusters that hold tables, so that nothing else is ever written there.
+// noteMetadata notes the clusters that hold tables, so that nothing else is ever written there. Only L2 tables may be
+// shared, and the L1 tables of snapshots with each other.
 func (n *Node) noteMetadata(t *blk.Task) error {
 	h := &n.header
-	note := func(off, size int64) {
+	snapshots, size, err := readSnapshots(t, n.storage, h)
+	if err != nil {
+		return err
+	}
+	note := func(set map[int64]struct{}, what string, off, size int64) error {
 		if size == 0 {
-			return // the offset means nothing
+			return nil // the offset means nothing
 		}
 		for c := off >> n.clusterBits; c < (off+size+n.clusterSize()-1)>>n.clusterBits; c++ {
-			n.metadata[c] = struct{}{}
+			if _, twice := n.metadata[c]; twice {
+				return invalid("the %s at %#x overlaps other metadata", what, off)
+			}
+			set[c] = struct{}{}
 		}
+		return nil
 	}
-	note(0, 1)
-	note(h.L1Offset, int64(h.L1Size)*8)
-	note(h.RefTableOffset, int64(h.RefTableClusters)<<h.ClusterBits)
-	note(h.Bitmaps.DirectoryOffset, h.Bitmaps.DirectorySize)
+	if err := errors.Join(
+		note(n.metadata, "header", 0, 1),
+		note(n.metadata, "L1 table", h.L1Offset, int64(h.L1Size)*8),
+		note(n.metadata, "refcount table", h.RefTableOffset, int64(h.RefTableClusters)<<h.ClusterBits),
+		note(n.metadata, "bitmap directory", h.Bitmaps.DirectoryOffset, h.Bitmaps.DirectorySize),
+		note(n.metadata, "snapshot table", h.SnapshotsOffset, size),
+	); err != nil {
+		return err
+	}
 	for _, e := range n.refs.Load().entries {
 		if e == 0 {
 			continue
 		}
-		if _, twice := n.metadata[int64(e)>>n.clusterBits]; twice {
-			return invalid("the refcount block at %#x overlaps other metadata", e)
+		if err := note(n.metadata, "refcount block", int64(e), 1); err != nil {
+			return err
 		}
-		note(int64(e), 1)
 	}
+	var clusters int64
+	l1s := map[int64]struct{}{}
+	for _, s := range snapshots {
+		if clusters += int64(s.L1Size)*8>>n.clusterBits + 1; clusters > maxSnapshotClusters {
+			return fmt.Errorf("L1 tables of snapshots of more than %d clusters: %w", maxSnapshotClusters, ErrFeature)
+		}
+		if err := note(l1s, "L1 table of a snapshot", s.L1Offset, int64(s.L1Size)*8); err != nil {
+			return err
+		}
+	}
+	maps.Copy(n.metadata, l1s)
 	tables := map[int64]struct{}{}
 	for i := range n.l1.Load().entries {
 		e := n.l1.Load().entry(int64(i))
@@ -126,25 +151,14 @@ func (n *Node) noteMetadata(t *blk.Task) error {
 			continue
 		}
 		c := e.offset() >> n.clusterBits
-		_, other := n.metadata[c]
-		if _, twice := tables[c]; other || twice && e.copied() {
-			return invalid("the L2 table at %#x overlaps other metadata", e.offset())
+		if _, twice := tables[c]; twice && e.copied() {
+			return invalid("the L2 table at %#x has two owners", e.offset())
 		}
-		tables[c] = struct{}{}
+		if err := note(tables, "L2 table", e.offset(), 1); err != nil {
+			return err
+		}
 	}
 	maps.Copy(n.metadata, tables)
-	snapshots, size, err := readSnapshots(t, n.storage, h)
-	if err != nil {
-		return err
-	}
-	note(h.SnapshotsOffset, size)
-	var clusters int64
-	for _, s := range snapshots {
-		if clusters += int64(s.L1Size)*8>>n.clusterBits + 1; clusters > maxSnapshotClusters {
-			return fmt.Errorf("L1 tables of snapshots of more than %d clusters: %w", maxSnapshotClusters, ErrFeature)
-		}
-		note(s.L1Offset, int64(s.L1Size)*8)
-	}
 	return nil
 }
 

@@ -35,6 +35,7 @@ func (n *Node) resize(t *blk.Task, size int64, shrink bool) error {
 		return err
 	}
 	h := n.Header()
+	h.Size = n.Info().Size // all of the last sector is the guest's, whatever the header says
 	switch {
 	case size < 0 || size%blk.SectorSize != 0:
 		return fmt.Errorf("not a multiple of %d: %w", blk.SectorSize, blk.ErrInvalid)

@@ -3,6 +3,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"fmt"
 	"slices"
 
@@ -146,7 +147,8 @@ func (n *Node) quiesce(t *blk.Task) error {
 	return n.barrier(t)
 }
 
-// writeHeader changes the header, durably. The first sector, which holds all numbers, goes last and at once.
+// writeHeader changes the header, durably. The first sector, which holds all numbers, goes last and at once. While
+// extensions behind it change it does without them: half of them would not be an image.
 func (n *Node) writeHeader(t *blk.Task, change func(*Header)) error {
 	defer n.headerLock.Lock(t)()
 	n.mu.Lock()
@@ -183,24 +185,32 @@ func (n *Node) storeHeader(t *blk.Task, h *Header) error {
 	if err := readClipped(t, n.storage, blk.BytesVec(nil, buf.B), 0); err != nil {
 		return err
 	}
-	if at >= blk.SectorSize && string(buf.B[at:at+int64(len(name))]) != string(name) {
-		copy(buf.B[at:], name)
+	put := func(b []byte, off int64) error {
+		copy(buf.B[off:], b)
 		if err := n.writeMeta(t, buf.B, 0); err != nil {
 			return err
 		}
-		if err := n.syncStorage(t); err != nil {
+		return n.syncStorage(t)
+	}
+	if at >= blk.SectorSize && string(buf.B[at:at+int64(len(name))]) != string(name) {
+		if err := put(name, at); err != nil {
+			return err
+		}
+	}
+	const sector = blk.SectorSize
+	if len(head) > sector && !bytes.Equal(buf.B[sector:len(head)], head[sector:]) {
+		if err := put(firstSector(head), 0); err != nil {
+			return err
+		}
+		if err := put(head[sector:], sector); err != nil {
 			return err
 		}
 	}
 	copy(buf.B[at:], name)
-	copy(buf.B, head)
-	if err := n.writeMeta(t, buf.B, 0); err != nil {
+	if err := put(head, 0); err != nil {
 		return err
 	}
-	if err := n.syncStorage(t); err != nil {
-		return err
-	}
-	h.backingOff, h.storedName = at, h.BackingFile
+	h.backingOff, h.storedName, h.storedEnd = at, h.BackingFile, int64(len(head))
 	if len(name) == 0 {
 		h.backingOff = 0
 	}

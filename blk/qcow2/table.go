@@ -190,6 +190,9 @@ func (n *Node) checkTable(tab *table) (found int) {
 		case c.packed != 0:
 			off, l := c.packed.compressedRange(n.clusterBits)
 			bad = off < n.clusterSize() || off > maxHostOff-l
+			for at := off; !n.readOnly && !bad && at < roundUp(off+l, n.clusterSize()); at += n.clusterSize() {
+				bad = n.isMetadataLocked(at) // which would be freed with the data
+			}
 		case c.present && n.dataFile:
 			bad = bad || c.host != guest
 		case c.present && !n.readOnly:
@@ -229,6 +232,11 @@ func (n *Node) ownTable(t *blk.Task, i int64) (*table, error) {
 	r, err := n.allocate(t, 1, 0)
 	if err != nil {
 		return nil, err
+	}
+	if !r.fresh {
+		if err := n.notInUse(t, r.host, 1); err != nil {
+			return nil, err
+		}
 	}
 	tab := n.newTable(i, r.host)
 	if err := n.writeNewTable(t, tab, old, r.fresh); err != nil {
