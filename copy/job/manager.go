@@ -24,7 +24,6 @@ const jobs = "jobs" // the journal's kind of record
 // Manager owns all jobs.
 type Manager struct {
 	store *Store
-	wg    sync.WaitGroup
 
 	mu   sync.Mutex
 	jobs []*Job // oldest first
@@ -77,8 +76,8 @@ func (m *Manager) End(r Record) error {
 	return m.store.Save(jobs, r.ID, &r)
 }
 
-// Start begins a job; one that an earlier daemon left paused begins paused. An empty id is chosen. run returns nil when the job is completed; when ctx ends it cleans up
-// and returns the cause.
+// Start begins a job; one that an earlier daemon left paused begins paused. An empty id is chosen. run returns nil when
+// the job is completed; when ctx ends it cleans up and returns the cause.
 func (m *Manager) Start(r Record, run func(ctx context.Context, j *Job) error) (*Job, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -112,12 +111,12 @@ func (m *Manager) Start(r Record, run func(ctx context.Context, j *Job) error) (
 	ctx, cancel := context.WithCancelCause(context.Background())
 	j.cancel = cancel
 	m.jobs = append(m.jobs, j)
-	m.wg.Go(func() {
+	go func() {
 		defer close(j.done)
 		defer cancel(nil)
 		err := run(ctx, j)
 		j.finish(err, context.Cause(ctx))
-	})
+	}()
 	return j, nil
 }
 
@@ -175,10 +174,9 @@ func (m *Manager) Dismiss(id string) error {
 	return nil
 }
 
-// Shutdown stops all jobs, whose records stay as they are so that the next daemon can go on with them, and waits.
+// Shutdown tells all jobs to end. Their records stay as they are, so that the next daemon can go on with them.
 func (m *Manager) Shutdown() {
 	for _, j := range m.List() {
 		j.cancel(errShutdown)
 	}
-	m.wg.Wait()
 }
