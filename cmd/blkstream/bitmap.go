@@ -120,11 +120,7 @@ func (a *app) completeBitmap(cmd *cobra.Command, args []string, text string) ([]
 
 func (a *app) printBitmaps(bitmaps []*control.Bitmap) error {
 	if a.json {
-		docs := []jsonBitmap{}
-		for _, b := range bitmaps {
-			docs = append(docs, toJSONBitmap(b))
-		}
-		return a.printJSON(docs)
+		return a.printJSON(each(bitmaps, toJSONBitmap))
 	}
 	t := newTable(a.out, "DISK", "NAME", "GRANULARITY", "DIRTY", "STATE", "STORED")
 	for _, b := range bitmaps {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -27,13 +26,6 @@ func snapshots(t *testing.T, d *daemon.Daemon, g *guest.Guest, first string, n i
 	}
 	progress(t, g, 0, 100)
 	return images
-}
-
-func qemuImg(t *testing.T, args ...string) {
-	t.Helper()
-	if out, err := exec.Command("qemu-img", args...).CombinedOutput(); err != nil {
-		t.Fatalf("qemu-img %v: %v: %s", args, err, out)
-	}
 }
 
 // Images are merged in the middle of a chain, behind and under a guest that writes, and at last into the raw image with
@@ -67,9 +59,7 @@ func TestCommitUnderLoad(t *testing.T) {
 	if info, err := d.Disk("disk0"); err != nil || info.Image != image || info.Warning != "" {
 		t.Errorf("after the last commit: %+v %v", info, err)
 	}
-	table = stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	table = finish(t, d, g)
 	verifyImage(t, image, table)
 	for _, path := range at[1:] {
 		checkQcow2(t, path, false)
@@ -84,9 +74,7 @@ func TestCommitAsQEMU(t *testing.T) {
 	g := boot(t, d, guest.Options{}, disk)
 	must(t, g.StartWriter(0, mixed, filled))
 	ours := snapshots(t, d, g, image, 4)
-	stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	finish(t, d, g)
 
 	dir := t.TempDir()
 	var theirs []string

@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -18,9 +17,7 @@ import (
 // has them open.
 func sameImages(t *testing.T, a, b string) {
 	t.Helper()
-	if out, err := exec.Command("qemu-img", "compare", "-U", "-f", "raw", "-F", "raw", a, b).CombinedOutput(); err != nil {
-		t.Fatalf("qemu-img compare: %v: %s", err, out)
-	}
+	qemuImg(t, "compare", "-U", "-f", "raw", "-F", "raw", a, b)
 }
 
 // guestUsesOnly wants the target to hold everything in table, and the source
@@ -66,9 +63,7 @@ func TestCopyAndSwitch(t *testing.T) {
 		t.Errorf("after the switch: %+v, %v", job, err)
 	}
 	progress(t, g, 0, 300)
-	table = stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	table = finish(t, d, g)
 	guestUsesOnly(t, target, image, table)
 
 	// The configuration still names the source: the switch was recorded, and wins.
@@ -92,9 +87,7 @@ func TestCopySwitchesByItself(t *testing.T) {
 	cli(t, d, 1, "copy", "disk0", target) // it exists, and nobody said that this is meant
 	cli(t, d, 0, "block_copy", "disk0", target, "--existing", "--switch", "auto", "--wait")
 	progress(t, g, 0, 300)
-	table := stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	table := finish(t, d, g)
 	guestUsesOnly(t, target, image, table)
 }
 

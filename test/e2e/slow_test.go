@@ -82,12 +82,8 @@ func TestStreamFromSlowBase(t *testing.T) {
 	cli(t, d, 0, "job", "watch", "j")
 	t.Logf("streamed in %v", time.Since(begin))
 	progress(t, g, 0, 100)
-	table := stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
-	if name, _ := backingOf(t, top); name != "" {
-		t.Errorf("behind the image is still %s", name)
-	}
+	table := finish(t, d, g)
+	alone(t, top)
 	checkQcow2(t, top, true)
 	verifyQcow2(t, top, table)
 	verifyImage(t, raw, filled)
@@ -124,8 +120,6 @@ func TestStopWhileTargetHangs(t *testing.T) {
 	must(t, d.Start())
 	copied()
 	cli(t, d, 0, "job", "cancel", "j") // not the switch: this server mixes up writes that are in flight together, as fio shows, too
-	table := stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	table := finish(t, d, g)
 	verifyImage(t, source, table)
 }
