@@ -33,9 +33,7 @@ func snapshots(t *testing.T, d *daemon.Daemon, g *guest.Guest, first string, n i
 func TestCommitUnderLoad(t *testing.T) {
 	image, filled := filledImage(t, 64*mib)
 	disk := daemon.Disk{ID: "disk0", Image: image, Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	at := snapshots(t, d, g, image, 5)
 	cli(t, d, 0, "commit", "disk0", "--top", at[3], "--base", at[1], "--wait")
 	progress(t, g, 0, 100)
@@ -70,9 +68,7 @@ func TestCommitUnderLoad(t *testing.T) {
 func TestCommitAsQEMU(t *testing.T) {
 	image, filled := filledImage(t, 32*mib)
 	disk := daemon.Disk{ID: "disk0", Image: image, Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	ours := snapshots(t, d, g, image, 4)
 	finish(t, d, g)
 
@@ -114,9 +110,7 @@ func TestCommitAsQEMU(t *testing.T) {
 func TestCommitKill(t *testing.T) {
 	image, filled := filledImage(t, 64*mib)
 	disk := daemon.Disk{ID: "disk0", Image: image, Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	at := snapshots(t, d, g, image, 3)
 	completed := func(id string) func() (bool, error) {
 		return func() (bool, error) {

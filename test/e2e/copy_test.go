@@ -34,9 +34,7 @@ func TestCopyAndSwitch(t *testing.T) {
 	image, filled := filledImage(t, 128*mib)
 	target := filepath.Join(t.TempDir(), "target.raw")
 	disk := daemon.Disk{ID: "disk0", Image: image, Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	progress(t, g, 0, 100)
 
 	if out := cli(t, d, 0, "copy", "disk0", target, "--id", "j", "--verify", "--wait"); !strings.Contains(out, "blkstream switch disk0") {
@@ -81,9 +79,7 @@ func TestCopySwitchesByItself(t *testing.T) {
 	image, filled := filledImage(t, 64*mib)
 	target := emptyImage(t, 64*mib)
 	disk := daemon.Disk{ID: "disk0", Image: image}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	cli(t, d, 1, "copy", "disk0", target) // it exists, and nobody said that this is meant
 	cli(t, d, 0, "block_copy", "disk0", target, "--existing", "--switch", "auto", "--wait")
 	progress(t, g, 0, 300)
@@ -94,9 +90,7 @@ func TestCopySwitchesByItself(t *testing.T) {
 func TestCopyCancelled(t *testing.T) {
 	image, filled := filledImage(t, 64*mib)
 	disk := daemon.Disk{ID: "disk0", Image: image}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	waiting := d.Command(t.Context(), "copy", "disk0", filepath.Join(t.TempDir(), "t"), "--id", "j", "--speed", "1M", "--wait")
 	must(t, waiting.Start())
 	eventually(t, "the copy's first bytes", func() (bool, error) {
@@ -126,9 +120,7 @@ func TestCopySurvivesKill(t *testing.T) {
 	image, filled := filledImage(t, 64*mib)
 	target := filepath.Join(t.TempDir(), "target.raw")
 	disk := daemon.Disk{ID: "disk0", Image: image, Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	progress(t, g, 0, 100)
 	cli(t, d, 0, "copy", "disk0", target, "--id", "j", "--speed", "8M")
 	for _, share := range []int64{8, 2} { // an eighth, half

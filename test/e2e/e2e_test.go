@@ -92,6 +92,15 @@ func boot(t *testing.T, d *daemon.Daemon, opts guest.Options, disks ...daemon.Di
 	return guest.Boot(t, opts)
 }
 
+// busy starts a daemon and a guest that writes to the disk, which holds the table.
+func busy(t *testing.T, disk daemon.Disk, table *load.Table) (*daemon.Daemon, *guest.Guest) {
+	t.Helper()
+	d := start(t, disk)
+	g := boot(t, d, guest.Options{}, disk)
+	must(t, g.StartWriter(0, mixed, table))
+	return d, g
+}
+
 func run(t *testing.T, g *guest.Guest, cmd string) string {
 	t.Helper()
 	out, err := g.Run(cmd)

@@ -128,9 +128,7 @@ func TestCopyOverSharedBase(t *testing.T) {
 	top, middle := overlay(t, base)
 	target := filepath.Join(t.TempDir(), "target.qcow2")
 	disk := daemon.Disk{ID: "disk0", Image: top, Format: "qcow2", Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	progress(t, g, 0, 100)
 	_, table, err := g.StopWriter(0)
 	must(t, err)

@@ -68,9 +68,7 @@ func TestStreamFromSlowBase(t *testing.T) {
 	top := filepath.Join(t.TempDir(), "top.qcow2")
 	tool(t, "image", "create", "-f", "qcow2", "-b", base, "-F", "raw", top)
 	disk := daemon.Disk{ID: "disk0", Image: top, Format: "qcow2", Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	begin := time.Now()
 	cli(t, d, 0, "stream", "disk0", "--id", "j")
 	if job, err := d.Job("j"); err != nil || job.State != "running" {
@@ -95,9 +93,7 @@ func TestStopWhileTargetHangs(t *testing.T) {
 	source, filled := filledImage(t, 64*mib)
 	target, storage := fuse(t, emptyImage(t, 64*mib), "")
 	disk := daemon.Disk{ID: "disk0", Image: source, Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	cli(t, d, 0, "copy", "disk0", target, "--existing", "--id", "j", "--speed", "8M")
 	copied := func() {
 		t.Helper()

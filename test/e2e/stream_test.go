@@ -122,9 +122,7 @@ func TestCopyByStream(t *testing.T) {
 	source, filled := filledImage(t, 192*mib)
 	target := filepath.Join(t.TempDir(), "target.qcow2")
 	disk := daemon.Disk{ID: "disk0", Image: source, Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	progress(t, g, 0, 100)
 	cli(t, d, 0, "copy", "disk0", target, "--method", "stream", "--id", "j", "--speed", "16M")
 	if info, err := d.Disk("disk0"); err != nil || info.Image != target || info.Format != "qcow2" || !strings.Contains(info.Warning, target) {
