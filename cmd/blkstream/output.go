@@ -282,7 +282,7 @@ func (a *app) printJobs(jobs []*control.Job) error {
 	err := t.Flush()
 	for _, j := range jobs {
 		if j.Error != "" {
-			fmt.Fprintf(a.err, "%s: %s: %s\n", j.Id, j.State, j.Error)
+			fmt.Fprintf(a.err, "%s: %s\n", j.Id, standing(j))
 		}
 	}
 	return err

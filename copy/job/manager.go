@@ -15,7 +15,7 @@ import (
 
 // The errors of the manager.
 var (
-	ErrNotFound = errors.New("no such job")
+	ErrNotFound = errors.New("no such job; `blkstream job list` names them")
 	ErrExists   = errors.New("exists already")
 )
 
@@ -94,7 +94,7 @@ func (m *Manager) Start(r Record, run func(ctx context.Context, j *Job) error) (
 	}
 	for _, j := range m.jobs {
 		if o := j.Record(); o.Disk == r.Disk && !Ended(o.State) {
-			return nil, fmt.Errorf("job %s works on disk %s: %w", o.ID, r.Disk, ErrState)
+			return nil, errState("job %s works on disk %s", o.ID, r.Disk)
 		}
 	}
 	if r.State == StatePaused {
@@ -165,7 +165,7 @@ func (m *Manager) Dismiss(id string) error {
 		return fmt.Errorf("job %s: %w", id, ErrNotFound)
 	}
 	if r := j.Record(); !Ended(r.State) {
-		return fmt.Errorf("job %s is %s, cancel it first: %w", id, r.State, ErrState)
+		return errState("job %s is %s: cancel it first", id, r.State)
 	}
 	if err := m.store.Delete(jobs, id); err != nil {
 		return err
