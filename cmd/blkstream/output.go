@@ -116,7 +116,9 @@ func toJSONDisk(d *control.Disk) jsonDisk {
 	s := d.GetStats()
 	chain := each(d.Chain, func(m *control.ChainImage) jsonChainImage {
 		return jsonChainImage{Image: m.Image, Format: m.Format, Size: m.Size, Allocated: m.Allocated, Jobs: each(m.Jobs,
-			func(j *control.ChainJob) jsonChainJob { return jsonChainJob{ID: j.Id, Kind: j.Kind, Role: j.Role, Target: j.Target} })}
+			func(j *control.ChainJob) jsonChainJob {
+				return jsonChainJob{ID: j.Id, Kind: j.Kind, Role: j.Role, Target: j.Target}
+			})}
 	})
 	return jsonDisk{
 		ID: d.Id, Image: d.Image, Format: d.Format, ConfiguredImage: d.ConfiguredImage,

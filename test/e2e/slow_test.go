@@ -29,10 +29,12 @@ func fuse(t *testing.T, path, rate string) (mount string, server *os.Process) {
 	must(t, os.WriteFile(mount, nil, 0o600))
 	args := []string{"--blockdev", "driver=file,node-name=e,filename=" + path, "--export", "type=fuse,id=e,node-name=e,writable=on,mountpoint=" + mount}
 	if rate != "" {
-		args = []string{"--object", "throttle-group,id=g,x-bps-read=" + rate,
+		args = []string{
+			"--object", "throttle-group,id=g,x-bps-read=" + rate,
 			"--blockdev", "driver=file,read-only=on,node-name=f,filename=" + path,
 			"--blockdev", "driver=throttle,read-only=on,throttle-group=g,file=f,node-name=e",
-			"--export", "type=fuse,id=e,node-name=e,mountpoint=" + mount}
+			"--export", "type=fuse,id=e,node-name=e,mountpoint=" + mount,
+		}
 	}
 	cmd := exec.Command("qemu-storage-daemon", args...)
 	must(t, guest.StartChild(cmd))
