@@ -255,7 +255,7 @@ func CheckRoots(path string, roots []string) error {
 		resolved = filepath.Join(dir, filepath.Base(path))
 	}
 	if err != nil {
-		return err
+		return fmt.Errorf("%s cannot be looked up: %w", path, err)
 	}
 	for _, root := range roots {
 		// A root that cannot be resolved holds nothing.

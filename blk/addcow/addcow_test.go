@@ -14,7 +14,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/addcow"
@@ -29,17 +28,6 @@ func must(t testing.TB, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-func seeded(t *testing.T) *rand.Rand {
-	t.Helper()
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("BLKTEST_SEED"); s != "" {
-		_, err := fmt.Sscan(s, &seed)
-		must(t, err)
-	}
-	t.Logf("BLKTEST_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 1))
 }
 
 // stale is what is in an image file before anything of the disk is: never what the disk shows.
@@ -353,7 +341,7 @@ func TestConcurrent(t *testing.T) {
 }
 
 func testConcurrent(t *testing.T, copying bool) {
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	const cluster, size, workers = 4096, 64*4096 + 1024, 4
 	base := random(rng, size-5000)
 	n := image(t, size, cluster, memory(t, base))
@@ -411,7 +399,7 @@ func testConcurrent(t *testing.T, copying bool) {
 // Every I/O fails once, in the image file and in the bitmap. The guest's write fails then and may be repeated, nothing
 // else is damaged, and what a later flush promises is there when the files are opened again.
 func TestFaults(t *testing.T) {
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	const cluster, size = 4096, 40*4096 + 512
 	base := random(rng, size)
 	for _, inBitmap := range []bool{false, true} {

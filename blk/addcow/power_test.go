@@ -51,7 +51,7 @@ type version struct {
 // newer; what was in the image file before it was the disk's never shows.
 func TestPowerCuts(t *testing.T) {
 	for _, workers := range []int{1, 3} {
-		rng := seeded(t)
+		rng := blktest.Rand(t)
 		const cluster, size = 4096, 24*4096 + 1024
 		base := random(rng, size-3000)
 		d := &twoDisks{}

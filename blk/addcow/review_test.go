@@ -81,7 +81,7 @@ func TestFlushAfterFailedCopy(t *testing.T) {
 func TestDiesAtAnyTime(t *testing.T) {
 	const size, cluster = 40*4096 + 1536, 4096
 	for range 20 {
-		rng := seeded(t)
+		rng := blktest.Rand(t)
 		base := random(rng, size-5*4096-512)
 		storage, img, backing := blktest.NewMemory(0), memory(t, stale(size)), blktest.NewFault(memory(t, base))
 		create(t, storage, size, cluster)

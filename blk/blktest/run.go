@@ -8,11 +8,8 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/blkstream/blkstream/blk"
 )
@@ -70,14 +67,9 @@ func Run(t *testing.T, open func(t *testing.T, size int64) blk.Node, opts ...Opt
 		{"Concurrent", false, (*disk).testConcurrent},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			seed := uint64(time.Now().UnixNano())
-			if s, err := strconv.ParseUint(os.Getenv("BLKTEST_SEED"), 10, 64); err == nil {
-				seed = s
-			}
-			t.Logf("BLKTEST_SEED=%d", seed)
 			d := &disk{
 				T: t, n: open(t, o.Size), run: o.Task(t), align: o.Align,
-				rng: rand.New(rand.NewPCG(seed, 1)), model: make([]byte, o.Size),
+				rng: Rand(t), model: make([]byte, o.Size),
 			}
 			copy(d.model, o.Contents)
 			defer func() {

@@ -12,7 +12,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/blktest"
@@ -206,17 +205,6 @@ func nodes(layers []*fake) []blk.Node {
 	return all
 }
 
-func seeded(t *testing.T) *rand.Rand {
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("BLKTEST_SEED"); s != "" {
-		if _, err := fmt.Sscan(s, &seed); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Logf("BLKTEST_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 2))
-}
-
 // randomLayers makes layers of mixed sizes and pieces. The first has exactly size bytes.
 func randomLayers(t testing.TB, rng *rand.Rand, depth int, size int64) []*fake {
 	var layers []*fake
@@ -244,7 +232,7 @@ func randomLayers(t testing.TB, rng *rand.Rand, depth int, size int64) []*fake {
 func TestConformance(t *testing.T) {
 	for _, unit := range []int64{512, 4096, 65536, 1 << 20} {
 		t.Run(fmt.Sprint(unit), func(t *testing.T) {
-			rng := seeded(t)
+			rng := blktest.Rand(t)
 			layers := randomLayers(t, rng, 7, blktest.DefaultSize)
 			data, _ := model(layers)
 			blktest.Run(t, func(t *testing.T, size int64) blk.Node {
@@ -339,7 +327,7 @@ func checkExtent(t *testing.T, who string, task *blk.Task, x blk.Extent, off, l 
 
 // TestModel compares random chains with the model, and with what it says after layers were put on top.
 func TestModel(t *testing.T) {
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	rounds := 60
 	if testing.Short() {
 		rounds = 8
@@ -379,7 +367,7 @@ func TestModel(t *testing.T) {
 
 // Units of one layer cost no other layer anything, and pages that were taken over only the new layers.
 func TestAsksNobodyTwice(t *testing.T) {
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	const size = 8 << 20
 	var layers []*fake
 	for range 40 {
@@ -479,7 +467,7 @@ func TestLayerFails(t *testing.T) {
 
 // Many tasks read a chain whose memory is much too small.
 func TestConcurrent(t *testing.T) {
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	rounds := 60
 	if testing.Short() {
 		rounds = 8
@@ -512,7 +500,7 @@ func TestConcurrent(t *testing.T) {
 }
 
 func TestMemoryIsBounded(t *testing.T) {
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	f := newFake(t, rng, 16<<20, 4096, 50)
 	n, err := New([]blk.Node{f}, Options{Unit: 512, Memory: 10 * pageMemory})
 	if err != nil {
@@ -547,7 +535,7 @@ func TestMemoryIsBounded(t *testing.T) {
 }
 
 func TestNoAllocations(t *testing.T) {
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	layers := randomLayers(t, rng, 9, 4<<20)
 	n, err := New(nodes(layers), Options{Unit: 4096})
 	if err != nil {
@@ -569,7 +557,7 @@ func TestNoAllocations(t *testing.T) {
 }
 
 func TestRefused(t *testing.T) {
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	f := newFake(t, rng, 1<<20, 65536, 50)
 	g := newFake(t, rng, 1<<20, 65536, 50)
 	from, err := New([]blk.Node{f}, Options{})

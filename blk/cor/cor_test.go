@@ -18,7 +18,7 @@ import (
 	"github.com/blkstream/blkstream/blk/blktest"
 	"github.com/blkstream/blkstream/blk/cor"
 	"github.com/blkstream/blkstream/blk/file"
-	"github.com/blkstream/blkstream/blk/loop"
+	"github.com/blkstream/blkstream/blk/loop/looptest"
 	"github.com/blkstream/blkstream/blk/qcow2"
 )
 
@@ -469,46 +469,9 @@ func TestConformance(t *testing.T) {
 	}
 }
 
-// idle is a queue without requests.
-type idle struct{}
-
-func (idle) Work() bool { return false }
-func (idle) Publish()   {}
-func (idle) Poll() bool { return false }
-func (idle) Arm() bool  { return false }
-func (idle) Disarm()    {}
-
 // TestConformanceLoops runs in the coroutines of two queues, on one thread each: whoever waits otherwise than through
 // its task stops them all.
 func TestConformanceLoops(t *testing.T) {
-	task := func(t *testing.T) func(func(*blk.Task)) {
-		var loops []*loop.Loop
-		for range 2 {
-			ready, ended := make(chan *loop.Loop, 1), make(chan error, 1)
-			go func() {
-				ended <- loop.Run(loop.Options{Depth: 64}, func(l *loop.Loop) loop.Driver { ready <- l; return idle{} })
-			}()
-			l := <-ready
-			t.Cleanup(func() {
-				l.Post(l.Stop)
-				if err := <-ended; err != nil {
-					t.Error(err)
-				}
-			})
-			loops = append(loops, l)
-		}
-		var next atomic.Int64
-		return func(fn func(*blk.Task)) {
-			l, done := loops[next.Add(1)%2], make(chan struct{})
-			l.Post(func() {
-				l.Spawn(func(t *blk.Task) {
-					defer close(done)
-					fn(t)
-				})
-			})
-			<-done
-		}
-	}
 	contents := pattern(blktest.DefaultSize)
 	blktest.Run(t, func(t *testing.T, size int64) blk.Node {
 		mem := blktest.NewMemory(size)
@@ -516,7 +479,7 @@ func TestConformanceLoops(t *testing.T) {
 		r := &rig{T: t}
 		r.open(qcow2.CreateOptions{Size: size, ClusterSize: 4096}, openFile(t), mem)
 		return r.n
-	}, blktest.Options{Align: 512, Contents: contents, Task: task})
+	}, blktest.Options{Align: 512, Contents: contents, Task: looptest.Tasks})
 }
 
 // guest does I/O as a queue does: on extents where it gets them, else through Do.

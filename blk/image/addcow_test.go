@@ -15,6 +15,7 @@ import (
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/addcow"
+	"github.com/blkstream/blkstream/blk/blktest"
 	"github.com/blkstream/blkstream/blk/cor"
 	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/qcow2"
@@ -49,7 +50,7 @@ func (d *dir) addCow(rng *rand.Rand, existing int) (name string, data []byte) {
 func TestAddCow(t *testing.T) {
 	for _, existing := range []int{0, overlaySize} {
 		for _, direct := range []bool{false, true} {
-			d, rng, task := newDir(t), seeded(t), blk.NewTask()
+			d, rng, task := newDir(t), blktest.Rand(t), blk.NewTask()
 			name, data := d.addCow(rng, existing)
 			o := Options{Direct: direct, Align: blk.SectorSize}
 			old := d.open("base", Raw, o)
@@ -110,7 +111,7 @@ func TestAddCow(t *testing.T) {
 
 // Chains with add-cow images in any place read as they should, and a finished one needs nothing behind it.
 func TestAddCowInChain(t *testing.T) {
-	d, rng, task := newDir(t), seeded(t), blk.NewTask()
+	d, rng, task := newDir(t), blktest.Rand(t), blk.NewTask()
 	name, data := d.addCow(rng, 0)
 	d.make("over", CreateOptions{Format: Qcow2, CreateOptions: qcow2.CreateOptions{Size: int64(len(data)), BackingFile: name, BackingFormat: AddCow}})
 	g := d.open(name, AddCow, Options{})
@@ -156,7 +157,7 @@ func TestAddCowInChain(t *testing.T) {
 }
 
 func TestAddCowRefused(t *testing.T) {
-	d, rng := newDir(t), seeded(t)
+	d, rng := newDir(t), blktest.Rand(t)
 	name, _ := d.addCow(rng, 0)
 	base := qcow2.CreateOptions{Size: -1, BackingFile: d.at("base"), BackingFormat: Raw}
 	large := base
@@ -231,7 +232,7 @@ func TestAddCowRefused(t *testing.T) {
 }
 
 func TestAddCowCheck(t *testing.T) {
-	d, rng := newDir(t), seeded(t)
+	d, rng := newDir(t), blktest.Rand(t)
 	name, _ := d.addCow(rng, 0)
 	b, err := os.ReadFile(d.at(name))
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/blktest"
 	"github.com/blkstream/blkstream/blk/cor"
 	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/qcow2"
@@ -19,7 +20,7 @@ import (
 // with what QEMU's rebase makes.
 func TestDrop(t *testing.T) {
 	need(t, "qemu-img", "qemu-io")
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	for round := range 8 {
 		d := newDir(t)
 		depth := 2 + rng.IntN(4)

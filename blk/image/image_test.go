@@ -17,7 +17,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/blktest"
@@ -37,17 +36,6 @@ func need(t testing.TB, tools ...string) {
 			t.Skip(err)
 		}
 	}
-}
-
-func seeded(t *testing.T) *rand.Rand {
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("BLKTEST_SEED"); s != "" {
-		if _, err := fmt.Sscan(s, &seed); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Logf("BLKTEST_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 3))
 }
 
 // dir is a directory in which tools run, so that images have short relative names.
@@ -238,7 +226,7 @@ func (d *dir) checkContents(g *Image, want []byte) {
 // TestOpenChain reads random chains that QEMU made, and writes into the first image of each.
 func TestOpenChain(t *testing.T) {
 	need(t, "qemu-img", "qemu-io")
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	for range 12 {
 		d := newDir(t)
 		depth := 1 + rng.IntN(6)
@@ -470,7 +458,7 @@ func openFiles(t *testing.T) int {
 // TestHostile opens images with damaged bytes. Whatever they say, nothing panics, hangs or stays open.
 func TestHostile(t *testing.T) {
 	need(t, "qemu-img", "qemu-io")
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	d := newDir(t)
 	top := d.chain(rng, 3, 1<<20)
 	good := map[string][]byte{}
@@ -625,7 +613,7 @@ func TestInUse(t *testing.T) {
 // TestMapInfoCheck compares with what QEMU says of the same images.
 func TestMapInfoCheck(t *testing.T) {
 	need(t, "qemu-img", "qemu-io")
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	for range 8 {
 		d := newDir(t)
 		depth := 1 + rng.IntN(4)
@@ -729,7 +717,7 @@ func flatten(all []Segment) []block {
 
 func TestCreateConvert(t *testing.T) {
 	need(t, "qemu-img", "qemu-io")
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	d := newDir(t)
 	const size = 5<<20 + 3*512
 	d.tool("qemu-img", "create", "-q", "-f", "raw", "src", fmt.Sprint(size))
@@ -932,7 +920,7 @@ func TestCompare(t *testing.T) {
 // TestRebase rebases random chains and compares with what they read as before, and with what QEMU's rebase makes.
 func TestRebase(t *testing.T) {
 	need(t, "qemu-img", "qemu-io")
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	for round := range 10 {
 		d := newDir(t)
 		depth := 2 + rng.IntN(3)

@@ -28,7 +28,7 @@ type mergeBed struct {
 
 // chainInUse makes a chain of images of several properties and sizes; the first is 0, the last raw or not.
 func chainInUse(t *testing.T, depth int) *mergeBed {
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	b := &mergeBed{dir: newDir(t), rng: rng, o: Options{Direct: rng.IntN(2) == 0, Align: blk.SectorSize}, lower: map[int][]byte{}}
 	var below []byte
 	for i := depth - 1; i >= 0; i-- {

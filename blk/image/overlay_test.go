@@ -58,7 +58,7 @@ func TestOverlays(t *testing.T) {
 	for _, format := range []string{Raw, Qcow2} {
 		for _, direct := range []bool{false, true} {
 			t.Run(fmt.Sprint(format, direct), func(t *testing.T) {
-				d, rng, task := newDir(t), seeded(t), blk.NewTask()
+				d, rng, task := newDir(t), blktest.Rand(t), blk.NewTask()
 				o := Options{Direct: direct, Align: blk.SectorSize}
 				d.make("0", CreateOptions{Format: format})
 				g := d.open("0", format, o)

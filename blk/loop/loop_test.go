@@ -511,16 +511,9 @@ func TestKick(t *testing.T) {
 // What a loop had is given back: descriptors, threads and coroutines.
 func TestStop(t *testing.T) {
 	engines(t, func(t *testing.T, opts Options) {
-		count := func() (fds, goroutines int) {
-			names, err := os.ReadDir("/proc/self/fd")
-			if err != nil {
-				t.Fatal(err)
-			}
-			return len(names), runtime.NumGoroutine()
-		}
 		n := open(t, t.TempDir(), 1<<20, file.Options{})
 		defer n.Close()
-		once := func() {
+		blktest.NoLeaks(t, func() {
 			l, stop := start(t, opts, &driver{})
 			run(l, func(task *blk.Task) {
 				_, _ = task.Par(func(u *blk.Task) error {
@@ -528,21 +521,7 @@ func TestStop(t *testing.T) {
 				}, func(u *blk.Task) error { return u.Off(func() error { return nil }) })
 			})
 			stop()
-		}
-		once()
-		fds, goroutines := count()
-		for range 20 {
-			once()
-		}
-		for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
-			f, g := count()
-			if f <= fds && g <= goroutines {
-				break
-			}
-			if time.Now().After(end) {
-				t.Fatalf("%d descriptors and %d goroutines, before %d and %d", f, g, fds, goroutines)
-			}
-		}
+		})
 	})
 }
 

@@ -81,7 +81,7 @@ func TestFaultsEverywhere(t *testing.T) {
 		for _, err := range []error{syscall.EIO, syscall.ENOSPC} {
 			t.Run(fmt.Sprintf("%s/%v", s.name, err), func(t *testing.T) {
 				t.Parallel()
-				rng := seeded(t)
+				rng := blktest.Rand(t)
 				seed := rng.Uint64()
 				disk, base := s.prepare(t, rng)
 				image := disk.Bytes()

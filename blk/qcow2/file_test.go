@@ -10,13 +10,12 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/blktest"
 	"github.com/blkstream/blkstream/blk/file"
-	"github.com/blkstream/blkstream/blk/loop"
+	"github.com/blkstream/blkstream/blk/loop/looptest"
 )
 
 // Images in host files: the fast path.
@@ -224,15 +223,6 @@ func TestConcurrentFastPath(t *testing.T) {
 	}
 }
 
-// idle is a queue without requests.
-type idle struct{}
-
-func (idle) Work() bool { return false }
-func (idle) Publish()   {}
-func (idle) Poll() bool { return false }
-func (idle) Arm() bool  { return false }
-func (idle) Disarm()    {}
-
 // TestConformanceLoops runs in the coroutines of two queues, on one thread each: whoever waits otherwise than through
 // its task stops them all.
 func TestConformanceLoops(t *testing.T) {
@@ -241,41 +231,13 @@ func TestConformanceLoops(t *testing.T) {
 	if err := os.WriteFile(raw, contents, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	task := func(t *testing.T) func(func(*blk.Task)) {
-		var loops []*loop.Loop
-		for range 2 {
-			ready, ended := make(chan *loop.Loop, 1), make(chan error, 1)
-			go func() {
-				ended <- loop.Run(loop.Options{Depth: 64}, func(l *loop.Loop) loop.Driver { ready <- l; return idle{} })
-			}()
-			l := <-ready
-			t.Cleanup(func() {
-				l.Post(l.Stop)
-				if err := <-ended; err != nil {
-					t.Error(err)
-				}
-			})
-			loops = append(loops, l)
-		}
-		var next atomic.Int64
-		return func(fn func(*blk.Task)) {
-			l, done := loops[next.Add(1)%2], make(chan struct{})
-			l.Post(func() {
-				l.Spawn(func(t *blk.Task) {
-					defer close(done)
-					fn(t)
-				})
-			})
-			<-done
-		}
-	}
 	for _, options := range []string{"", "extended_l2=on", "cluster_size=512"} {
 		t.Run(options, func(t *testing.T) {
 			blktest.Run(t, func(t *testing.T, size int64) blk.Node {
 				path := diskImage(t, size, strings.Trim("backing_fmt=raw,backing_file="+raw+","+options, ","))
 				t.Cleanup(func() { qemu(t, "qemu-img", "check", path) })
 				return mustOpen(t, openFile(t, path, true, false), Options{Name: path, Backing: openFile(t, raw, true, true)})
-			}, blktest.Options{Align: 512, Contents: contents, Task: task})
+			}, blktest.Options{Align: 512, Contents: contents, Task: looptest.Tasks})
 		})
 	}
 }

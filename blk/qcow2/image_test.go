@@ -11,9 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"testing"
-	"time"
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/blktest"
@@ -21,16 +19,6 @@ import (
 )
 
 // seeded gives a test its random numbers. QCOW2_SEED repeats them.
-func seeded(t *testing.T) *rand.Rand {
-	t.Helper()
-	seed := uint64(time.Now().UnixNano())
-	if s, err := strconv.ParseUint(os.Getenv("QCOW2_SEED"), 10, 64); err == nil {
-		seed = s
-	}
-	t.Logf("QCOW2_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 1))
-}
-
 // kind is a way to change a disk.
 type kind int
 

@@ -268,7 +268,7 @@ func TestPowerCuts(t *testing.T) {
 	for _, s := range scenes() {
 		t.Run(s.name, func(t *testing.T) {
 			t.Parallel()
-			rng := seeded(t)
+			rng := blktest.Rand(t)
 			disk, base := s.prepare(t, rng)
 			n := qcow2.ReserveLittle(open(t, disk, qcow2.Options{Backing: base}))
 			first := disk.Points()
@@ -409,7 +409,7 @@ func TestPowerCutsDataFile(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("cluster=%d,extended=%v,raw=%v,lazy=%v", o.ClusterSize, o.ExtendedL2, o.DataFileRaw, o.LazyRefcounts), func(t *testing.T) {
 			t.Parallel()
-			rng := seeded(t)
+			rng := blktest.Rand(t)
 			o.Size, o.DataFile = 200<<10, "data"
 			disks := [2]*blktest.CrashDisk{blktest.NewCrashDisk(0), blktest.NewCrashDisk(0)}
 			o.Data = disks[1]
@@ -449,7 +449,7 @@ func TestPowerCutsDataFile(t *testing.T) {
 // TestPowerCutsSetBacking: the header names the old backing file or the new one, and no backing file only when the
 // image holds everything.
 func TestPowerCutsSetBacking(t *testing.T) {
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	const size = 64 << 10
 	base := memoryOf(t, bytes.Repeat([]byte{0xb5}, size))
 	for _, cluster := range []int64{2048, 16 << 10} {

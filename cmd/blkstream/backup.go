@@ -47,7 +47,7 @@ that names is copied, and then it begins anew at the instant.`,
 	f := cmd.Flags()
 	f.StringVar(&req.Format, "format", "", "`format` of TARGET: qcow2 or raw (default: qcow2)")
 	f.BoolVar(&req.Existing, "existing", false, "TARGET exists already and is overwritten; otherwise it must not exist")
-	f.StringVar(&req.Bitmap, "bitmap", "", "copy only what this bitmap `NAME` names, which begins anew then")
+	f.StringVar(&req.Bitmap, "bitmap", "", "copy only what the bitmap `NAME` says has changed; it begins anew")
 	f.BoolVar(&req.Full, "full", false, "copy all of the disk; the bitmap begins anew")
 	f.StringVar(&req.Base, "base", "", "the `image` behind a new TARGET: the backup before this one")
 	f.StringVar(&req.BaseFormat, "base-format", "", "`format` of the base (default: qcow2)")

@@ -78,7 +78,7 @@ type jsonBitmapName struct {
 }
 
 func (a *app) bitmapAddCmd() *cobra.Command {
-	granularity := size{value: 64 << 10, name: "SIZE"}
+	granularity := size{name: "SIZE"}
 	cmd := &cobra.Command{
 		Use:   "add DISK NAME",
 		Short: "Begin to record which blocks of a disk change",
@@ -94,7 +94,7 @@ restarts and crashes, switches to other images and snapshots, until it is remove
 			return a.say(toJSONBitmap(b), "bitmap %s of disk %s added", b.Name, b.Disk)
 		}),
 	}
-	cmd.Flags().Var(&granularity, "granularity", "bytes a bit stands for, a power of two from 4K to 64M")
+	cmd.Flags().Var(&granularity, "granularity", "bytes a bit stands for, a power of two from 4K to 64M (default: 64K)")
 	return cmd
 }
 
@@ -120,11 +120,7 @@ func (a *app) completeBitmap(cmd *cobra.Command, args []string, text string) ([]
 
 func (a *app) printBitmaps(bitmaps []*control.Bitmap) error {
 	if a.json {
-		docs := []jsonBitmap{}
-		for _, b := range bitmaps {
-			docs = append(docs, toJSONBitmap(b))
-		}
-		return a.printJSON(docs)
+		return a.printJSON(each(bitmaps, toJSONBitmap))
 	}
 	t := newTable(a.out, "DISK", "NAME", "GRANULARITY", "DIRTY", "STATE", "STORED")
 	for _, b := range bitmaps {

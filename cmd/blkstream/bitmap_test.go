@@ -43,7 +43,7 @@ func TestBitmapCommands(t *testing.T) {
 		args, out string
 		want      proto.Message
 	}{
-		{"bitmap add disk0 daily", "bitmap daily of disk disk0 added\n", &control.BitmapAddRequest{Disk: "disk0", Name: "daily", Granularity: 64 << 10}},
+		{"bitmap add disk0 daily", "bitmap daily of disk disk0 added\n", &control.BitmapAddRequest{Disk: "disk0", Name: "daily"}},
 		{"bitmap add --granularity 1M disk0 daily", "", &control.BitmapAddRequest{Disk: "disk0", Name: "daily", Granularity: 1 << 20}},
 		{"bitmap clear disk0 daily", "bitmap daily of disk disk0 cleared\n", &control.BitmapClearRequest{Disk: "disk0", Name: "daily"}},
 		{"bitmap remove disk0 daily", "bitmap daily of disk disk0 removed\n", &control.BitmapRemoveRequest{Disk: "disk0", Name: "daily"}},

@@ -511,7 +511,7 @@ func TestDescribe(t *testing.T) {
 			func(j *control.Job) {
 				j.State, j.Error, j.Message = "paused", "no space left", "make room, then resume"
 			},
-			"bulk 30%, 3 GiB of 10 GiB, paused: no space left; make room, then resume, guest dirties 20 MiB/s",
+			"bulk 30%, 3 GiB of 10 GiB, paused; make room, then resume: no space left, guest dirties 20 MiB/s",
 		},
 		{
 			func(j *control.Job) { j.Stage, j.State, j.BytesDone, j.Converging = "mirror", "ready", 10<<30, false },

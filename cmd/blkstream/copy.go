@@ -112,7 +112,7 @@ func (a *app) printOutcome(job *control.Job) {
 func (a *app) switchCmd() *cobra.Command {
 	return &cobra.Command{
 		Use:               "switch JOB|DISK",
-		Short:             "Finish a mirrored copy: the guest uses the destination only",
+		Short:             "Finish a mirrored copy: the guest uses the target only",
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.complete(diskIDs, jobIDs),
 		RunE: a.with(func(ctx context.Context, c *control.Client, args []string) error {

@@ -101,7 +101,7 @@ func (a *app) diskAddCmd() *cobra.Command {
 	}
 	f.BoolVar(&req.ReadOnly, "read-only", false, "refuse writes")
 	f.Uint32Var(&req.Queues, "queues", config.DefaultQueues, "offer `N` request queues")
-	f.Uint32Var(&req.QueueSize, "queue-size", config.DefaultQueueSize, "`N` entries a queue, a power of two")
+	f.Uint32Var(&req.QueueSize, "queue-size", config.DefaultQueueSize, "at most `N` requests of a queue in flight, a power of two")
 	cache.addTo(cmd, "cache", "cache mode, as in QEMU")
 	f.Var(&blockSize, "block-size", "logical block size, 512 or 4096")
 	f.StringVar(&req.Serial, "serial", "", "`text` that the guest sees as serial number")

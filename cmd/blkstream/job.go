@@ -155,7 +155,7 @@ func (a *app) follow(ctx context.Context, c *control.Client, id string, show pro
 func failure(job *control.Job) error {
 	switch job.GetState() {
 	case stateFailed, stateCancelled:
-		return &jobError{job.GetId(), job.GetState(), job.GetError()}
+		return &jobError{job.GetId(), job.GetState(), job.GetError(), job.GetMessage()}
 	default:
 		return nil
 	}

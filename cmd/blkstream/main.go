@@ -54,6 +54,9 @@ func (a *app) run(ctx context.Context, args []string) int {
 	case errors.As(err, &job):
 		return exitJob
 	case !a.started, errors.As(err, &usage):
+		if cmd.ValidateArgs(cmd.Flags().Args()) != nil {
+			fmt.Fprintf(a.err, "Usage: %s\n", cmd.UseLine())
+		}
 		fmt.Fprintf(a.err, "See '%s --help'.\n", cmd.CommandPath())
 		return exitUsage
 	default:
@@ -65,11 +68,15 @@ func (a *app) run(ctx context.Context, args []string) int {
 type usageError struct{ error }
 
 // jobError is the end of a job that did not do what it was started for.
-type jobError struct{ id, state, reason string }
+type jobError struct{ id, state, reason, message string }
 
 func (e *jobError) Error() string {
-	if e.reason == "" {
-		return fmt.Sprintf("job %s: %s", e.id, e.state)
+	s := fmt.Sprintf("job %s: %s", e.id, e.state)
+	if e.reason != "" {
+		s += ": " + e.reason
 	}
-	return fmt.Sprintf("job %s: %s: %s", e.id, e.state, e.reason)
+	if e.message != "" {
+		s += "\n" + e.message
+	}
+	return s
 }

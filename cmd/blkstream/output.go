@@ -114,14 +114,12 @@ type jsonJob struct {
 
 func toJSONDisk(d *control.Disk) jsonDisk {
 	s := d.GetStats()
-	chain := []jsonChainImage{} // [] and not null
-	for _, m := range d.Chain {
-		o := jsonChainImage{Image: m.Image, Format: m.Format, Size: m.Size, Allocated: m.Allocated, Jobs: []jsonChainJob{}}
-		for _, j := range m.Jobs {
-			o.Jobs = append(o.Jobs, jsonChainJob{ID: j.Id, Kind: j.Kind, Role: j.Role, Target: j.Target})
-		}
-		chain = append(chain, o)
-	}
+	chain := each(d.Chain, func(m *control.ChainImage) jsonChainImage {
+		return jsonChainImage{Image: m.Image, Format: m.Format, Size: m.Size, Allocated: m.Allocated, Jobs: each(m.Jobs,
+			func(j *control.ChainJob) jsonChainJob {
+				return jsonChainJob{ID: j.Id, Kind: j.Kind, Role: j.Role, Target: j.Target}
+			})}
+	})
 	return jsonDisk{
 		ID: d.Id, Image: d.Image, Format: d.Format, ConfiguredImage: d.ConfiguredImage,
 		Socket: d.Socket, Size: d.Size, Queues: d.Queues, QueueSize: d.QueueSize,
@@ -150,6 +148,15 @@ func toJSONJob(j *control.Job) jsonJob {
 
 func (a *app) printJSON(v any) error { return json.NewEncoder(a.out).Encode(v) }
 
+// each is what fn makes of all of them: [] and not null in JSON, if there are none.
+func each[T, U any](all []T, fn func(T) U) []U {
+	docs := []U{}
+	for _, v := range all {
+		docs = append(docs, fn(v))
+	}
+	return docs
+}
+
 // say prints the document, or the line for people.
 func (a *app) say(doc any, format string, args ...any) error {
 	if a.json {
@@ -161,11 +168,7 @@ func (a *app) say(doc any, format string, args ...any) error {
 
 func (a *app) printDisks(disks []*control.Disk) error {
 	if a.json {
-		docs := []jsonDisk{}
-		for _, d := range disks {
-			docs = append(docs, toJSONDisk(d))
-		}
-		return a.printJSON(docs)
+		return a.printJSON(each(disks, toJSONDisk))
 	}
 	t := newTable(a.out, "ID", "STATE", "SIZE", "FORMAT", "IMAGE", "JOBS")
 	for _, d := range disks {
@@ -268,11 +271,7 @@ func chainJob(j *control.ChainJob, places map[string]int) string {
 
 func (a *app) printJobs(jobs []*control.Job) error {
 	if a.json {
-		docs := []jsonJob{}
-		for _, j := range jobs {
-			docs = append(docs, toJSONJob(j))
-		}
-		return a.printJSON(docs)
+		return a.printJSON(each(jobs, toJSONJob))
 	}
 	t := newTable(a.out, "ID", "DISK", "STATE", "STAGE", "DONE", "RATE", "LEFT", "TARGET")
 	for _, j := range jobs {
@@ -285,7 +284,7 @@ func (a *app) printJobs(jobs []*control.Job) error {
 	err := t.Flush()
 	for _, j := range jobs {
 		if j.Error != "" {
-			fmt.Fprintf(a.err, "%s: %s: %s\n", j.Id, j.State, j.Error)
+			fmt.Fprintf(a.err, "%s: %s\n", j.Id, standing(j))
 		}
 	}
 	return err

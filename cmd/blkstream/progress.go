@@ -31,6 +31,9 @@ func (a *app) progress(w io.Writer) progress {
 
 // describe is a job's progress in one line, without its name.
 func describe(job *control.Job) string {
+	if job.Stage == "" && job.State == stateRunning {
+		return "starting"
+	}
 	parts := []string{fmt.Sprintf("%s %d%%", job.Stage, percent(job)), doneOfTotal(job)}
 	return strings.Join(append(parts, details(job)...), ", ")
 }
@@ -46,14 +49,7 @@ func details(job *control.Job) []string {
 	copying := job.Stage == stageBulk || job.Stage == stageDirty
 	switch {
 	case job.State != stateRunning:
-		state := job.State
-		if job.Error != "" {
-			state += ": " + job.Error
-		}
-		if (job.State == statePaused || job.State == stateReady) && job.Message != "" {
-			state += "; " + job.Message
-		}
-		parts = append(parts, state)
+		parts = append(parts, standing(job))
 	case copying && !job.Converging:
 		parts = append(parts, neverEnds(job))
 	case job.EtaSeconds >= 0:
@@ -69,6 +65,18 @@ func details(job *control.Job) []string {
 		parts = append(parts, humanSize(job.VerifiedBytes)+" verified")
 	}
 	return parts
+}
+
+// standing is a job's state, what to do if it waits for somebody, and what went wrong.
+func standing(job *control.Job) string {
+	s := job.State
+	if (job.State == statePaused || job.State == stateReady) && job.Message != "" {
+		s += "; " + job.Message
+	}
+	if job.Error != "" {
+		s += ": " + job.Error
+	}
+	return s
 }
 
 func neverEnds(job *control.Job) string {

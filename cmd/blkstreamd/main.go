@@ -102,12 +102,13 @@ func run(cmd *cobra.Command, f *flags) error {
 		fmt.Fprintf(cmd.OutOrStdout(), "%s: no errors, disks: %d\n", f.config, len(file.Disks))
 		return nil
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	defer stop()
 	d, err := daemon.Start(file, daemon.Options{Version: version, Log: log})
 	if err != nil {
 		return err
 	}
+	// From now on: until then a signal ends the program, whatever image does not open, and a restart is as after a crash.
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
 	sd.SdNotify(false, sd.SdNotifyReady) //nolint:errcheck // without systemd there is nobody to tell
 	log.Info("serving", "disks", len(file.Disks), "version", version)
 	select {

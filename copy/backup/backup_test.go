@@ -21,6 +21,7 @@ import (
 	"github.com/blkstream/blkstream/blk/blktest"
 	"github.com/blkstream/blkstream/copy/backup"
 	"github.com/blkstream/blkstream/copy/job"
+	"github.com/blkstream/blkstream/copy/job/jobtest"
 )
 
 const (
@@ -28,24 +29,13 @@ const (
 	size    = 40*cluster + 9*512
 )
 
-// queue is the guest: its requests are held up while the graph is changed.
-type queue struct {
-	mu    sync.RWMutex
-	meter blk.Meter
-}
-
-func (q *queue) Pause(context.Context) error { q.mu.Lock(); return nil }
-func (q *queue) Resume()                     { q.mu.Unlock() }
-func (q *queue) Barrier()                    {}
-func (q *queue) Meter() *blk.Meter           { return &q.meter }
-
 // rig is a disk, what its guest has written to it, and a target, with traps over both.
 type rig struct {
 	*testing.T
 	dir            string
 	source, target *blktest.Fault
 	g              *blk.Graph
-	guest          queue
+	guest          blktest.Guest
 	jobs           *job.Manager
 	setup          backup.Setup
 	named          *blk.Bitmap // nil: no bitmap
@@ -136,33 +126,15 @@ func (r *rig) start(options func(*job.Options)) *job.Job {
 
 func hold(o *job.Options) { o.OnCBWError, o.CBWTimeout = job.OnCBWErrorHold, 0 }
 
-// state waits for one.
 func (r *rig) state(j *job.Job, want string) job.Record {
 	r.Helper()
-	timeout := time.After(20 * time.Second)
-	for {
-		changed, rec := j.Changed(), j.Record()
-		if rec.State == want {
-			if job.Ended(want) {
-				<-j.Done()
-			}
-			return j.Record()
-		}
-		if job.Ended(rec.State) {
-			r.Fatalf("the job is %s (%s), want %s", rec.State, rec.Error, want)
-		}
-		select {
-		case <-changed:
-		case <-timeout:
-			r.Fatalf("the job stays %s in stage %s, want %s", rec.State, rec.Stage, want)
-		}
-	}
+	return jobtest.State(r, j, want)
 }
 
 // write is the guest's, which never sees an error.
 func (r *rig) write(q *blk.Request, b []byte) {
-	r.guest.mu.RLock()
-	defer r.guest.mu.RUnlock()
+	r.guest.Mu.RLock()
+	defer r.guest.Mu.RUnlock()
 	if err := blk.Do(blk.NewTask(), r.g.Root(), q); err != nil {
 		r.Errorf("the guest sees an error: %v", err)
 	}

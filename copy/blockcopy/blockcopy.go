@@ -124,7 +124,7 @@ func (c *copier) remove(ctx context.Context) error {
 		c.job.Update(func(r *job.Record) {
 			r.TargetConsistent = consistent
 			if consistent {
-				r.Message = fmt.Sprintf("%s is a consistent copy of the disk as of this moment; the guest stays on %s", r.Target, r.Source)
+				r.Message = fmt.Sprintf("%s is a consistent copy of the disk as of the end of the job; the guest stays on %s", r.Target, r.Source)
 			} else {
 				r.Message = fmt.Sprintf("%s is incomplete; the guest stays on %s", r.Target, r.Source)
 			}
@@ -367,7 +367,9 @@ func (c *copier) ready(ctx context.Context) error {
 				r.State, r.TargetConsistent, r.Error = job.StateReady, true, ""
 				r.BytesDone = c.progress.done.Load()
 				r.BytesTotal = r.BytesDone + c.left()
-				r.Message = fmt.Sprintf("both images are the same; finish with: blkstream switch %s", r.Disk)
+				if r.Message = "both images are the same"; r.SwitchMode != "auto" {
+					r.Message += "; finish with: blkstream switch " + r.Disk
+				}
 			}
 		})
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/blktest"
 	"github.com/blkstream/blkstream/copy/job"
+	"github.com/blkstream/blkstream/copy/job/jobtest"
 )
 
 const (
@@ -101,19 +102,7 @@ func (r *rig) start() *job.Job {
 
 func (r *rig) state(j *job.Job, want string) job.Record {
 	r.Helper()
-	for deadline := time.Now().Add(time.Minute); ; {
-		rec, changed := j.Record(), j.Changed()
-		if rec.State == want {
-			return rec
-		}
-		if job.Ended(rec.State) || time.Now().After(deadline) {
-			r.Fatalf("the job is %+v, want %s", rec, want)
-		}
-		select {
-		case <-changed:
-		case <-time.After(time.Second):
-		}
-	}
+	return jobtest.State(r, j, want)
 }
 
 // What is above the base is copied, no more and no less, and nothing shows behind the end of the images.

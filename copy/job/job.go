@@ -112,8 +112,18 @@ const (
 	OnCBWErrorHold  = "hold"  // the guest's write waits, and the job pauses
 )
 
-// ErrState says that a command does not fit the job's state.
+// ErrState is the kind of error of a command that does not fit the job's state.
 var ErrState = errors.New("not possible in this state")
+
+// stateError is an ErrState that says why by itself.
+type stateError struct{ error }
+
+func (stateError) Is(target error) bool { return target == ErrState }
+
+func errState(format string, args ...any) error { return stateError{fmt.Errorf(format, args...)} }
+
+// errCancelled is the cause of a context that ends because the user cancels the job.
+var errCancelled = errors.New("cancelled")
 
 // errShutdown is the cause of a context that ends because the daemon does: the job's record stays as it is.
 var errShutdown = errors.New("the daemon stops")
@@ -184,7 +194,7 @@ func (j *Job) Pause() error {
 		j.pauseLocked("")
 		return nil
 	default:
-		return fmt.Errorf("job %s is %s, only a running job can be paused: %w", j.rec.ID, j.rec.State, ErrState)
+		return errState("job %s is %s: only a running job can be paused", j.rec.ID, j.rec.State)
 	}
 }
 
@@ -210,7 +220,7 @@ func (j *Job) Resume() error {
 	case StateRunning:
 		return nil
 	default:
-		return fmt.Errorf("job %s is %s, only a paused job can be resumed: %w", j.rec.ID, j.rec.State, ErrState)
+		return errState("job %s is %s: only a paused job can be resumed", j.rec.ID, j.rec.State)
 	}
 }
 
@@ -220,13 +230,13 @@ func (j *Job) Cancel(ctx context.Context) error {
 	j.mu.Lock()
 	if r := j.rec; Ended(r.State) {
 		j.mu.Unlock()
-		return fmt.Errorf("job %s is already %s: %w", r.ID, r.State, ErrState)
+		return errState("job %s is already %s", r.ID, r.State)
 	}
 	if j.rec.Stage != StageSwitch { // whose message is what the user must know then
 		j.updateLocked(func(r *Record) { r.Message = "being cancelled: waits for requests in flight" })
 	}
 	j.mu.Unlock()
-	j.cancel(context.Canceled)
+	j.cancel(errCancelled)
 	select {
 	case <-j.done:
 		return nil
@@ -243,7 +253,7 @@ func (j *Job) SetSpeed(n int64) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if Ended(j.rec.State) {
-		return fmt.Errorf("job %s is already %s: %w", j.rec.ID, j.rec.State, ErrState)
+		return errState("job %s is already %s", j.rec.ID, j.rec.State)
 	}
 	j.updateLocked(func(r *Record) { r.Speed = n })
 	setLimit(j.limiter, n)
@@ -255,7 +265,7 @@ func (j *Job) AskSwitch() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if j.rec.State != StateReady {
-		return fmt.Errorf("job %s is %s in stage %s, the switch needs it to be ready: %w", j.rec.ID, j.rec.State, j.rec.Stage, ErrState)
+		return errState("job %s is %s in stage %s: it can switch when it is ready", j.rec.ID, j.rec.State, j.rec.Stage)
 	}
 	j.switching = true
 	j.updateLocked(func(r *Record) { r.Error = "" })

@@ -155,9 +155,9 @@ func TestStoreFails(t *testing.T) {
 func TestDamagedRecord(t *testing.T) {
 	dir := t.TempDir()
 	m, _ := open(t, dir)
-	_, stop := start(t, m, Record{ID: "broken", Kind: "copy", Disk: "d"})
+	j, stop := start(t, m, Record{ID: "broken", Kind: "copy", Disk: "d"})
 	stop <- nil
-	m.wg.Wait()
+	<-j.Done()
 	path := filepath.Join(dir, "jobs", "broken.json")
 	if err := os.WriteFile(path, []byte("{"), 0o600); err != nil {
 		t.Fatal(err)

@@ -15,7 +15,7 @@ import (
 
 // The errors of the manager.
 var (
-	ErrNotFound = errors.New("no such job")
+	ErrNotFound = errors.New("no such job; `blkstream job list` names them")
 	ErrExists   = errors.New("exists already")
 )
 
@@ -24,7 +24,6 @@ const jobs = "jobs" // the journal's kind of record
 // Manager owns all jobs.
 type Manager struct {
 	store *Store
-	wg    sync.WaitGroup
 
 	mu   sync.Mutex
 	jobs []*Job // oldest first
@@ -77,8 +76,8 @@ func (m *Manager) End(r Record) error {
 	return m.store.Save(jobs, r.ID, &r)
 }
 
-// Start begins a job; one that an earlier daemon left paused begins paused. An empty id is chosen. run returns nil when the job is completed; when ctx ends it cleans up
-// and returns the cause.
+// Start begins a job; one that an earlier daemon left paused begins paused. An empty id is chosen. run returns nil when
+// the job is completed; when ctx ends it cleans up and returns the cause.
 func (m *Manager) Start(r Record, run func(ctx context.Context, j *Job) error) (*Job, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -95,7 +94,7 @@ func (m *Manager) Start(r Record, run func(ctx context.Context, j *Job) error) (
 	}
 	for _, j := range m.jobs {
 		if o := j.Record(); o.Disk == r.Disk && !Ended(o.State) {
-			return nil, fmt.Errorf("job %s works on disk %s: %w", o.ID, r.Disk, ErrState)
+			return nil, errState("job %s works on disk %s", o.ID, r.Disk)
 		}
 	}
 	if r.State == StatePaused {
@@ -112,12 +111,12 @@ func (m *Manager) Start(r Record, run func(ctx context.Context, j *Job) error) (
 	ctx, cancel := context.WithCancelCause(context.Background())
 	j.cancel = cancel
 	m.jobs = append(m.jobs, j)
-	m.wg.Go(func() {
+	go func() {
 		defer close(j.done)
 		defer cancel(nil)
 		err := run(ctx, j)
 		j.finish(err, context.Cause(ctx))
-	})
+	}()
 	return j, nil
 }
 
@@ -166,7 +165,7 @@ func (m *Manager) Dismiss(id string) error {
 		return fmt.Errorf("job %s: %w", id, ErrNotFound)
 	}
 	if r := j.Record(); !Ended(r.State) {
-		return fmt.Errorf("job %s is %s, cancel it first: %w", id, r.State, ErrState)
+		return errState("job %s is %s: cancel it first", id, r.State)
 	}
 	if err := m.store.Delete(jobs, id); err != nil {
 		return err
@@ -175,10 +174,9 @@ func (m *Manager) Dismiss(id string) error {
 	return nil
 }
 
-// Shutdown stops all jobs, whose records stay as they are so that the next daemon can go on with them, and waits.
+// Shutdown tells all jobs to end. Their records stay as they are, so that the next daemon can go on with them.
 func (m *Manager) Shutdown() {
 	for _, j := range m.List() {
 		j.cancel(errShutdown)
 	}
-	m.wg.Wait()
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/blkstream/blkstream/blk/cor"
 	"github.com/blkstream/blkstream/blk/qcow2"
 	"github.com/blkstream/blkstream/copy/job"
+	"github.com/blkstream/blkstream/copy/job/jobtest"
 	"github.com/blkstream/blkstream/copy/stream"
 )
 
@@ -33,23 +34,12 @@ type rig struct {
 	disk                  *blktest.CrashDisk // the top's storage
 	top                   *qcow2.Node
 	g                     *blk.Graph
-	guest                 queue
+	guest                 blktest.Guest
 	jobs                  *job.Manager
 	setup                 stream.Setup
 	want                  []byte
 	dropped, closed       int
 }
-
-// queue is the guest: its requests are held up while the graph is changed.
-type queue struct {
-	mu    sync.RWMutex
-	meter blk.Meter
-}
-
-func (q *queue) Pause(context.Context) error { q.mu.Lock(); return nil }
-func (q *queue) Resume()                     { q.mu.Unlock() }
-func (q *queue) Barrier()                    {}
-func (q *queue) Meter() *blk.Meter           { return &q.meter }
 
 func must(t testing.TB, err error) {
 	t.Helper()
@@ -147,27 +137,9 @@ func (r *rig) start(options func(*job.Record)) *job.Job {
 	return j
 }
 
-// state waits for one.
 func (r *rig) state(j *job.Job, want string) job.Record {
 	r.Helper()
-	timeout := time.After(20 * time.Second)
-	for {
-		changed, rec := j.Changed(), j.Record()
-		if rec.State == want {
-			if job.Ended(want) {
-				<-j.Done()
-			}
-			return j.Record()
-		}
-		if job.Ended(rec.State) {
-			r.Fatalf("the job is %s (%s), want %s", rec.State, rec.Error, want)
-		}
-		select {
-		case <-changed:
-		case <-timeout:
-			r.Fatalf("the job stays %s in stage %s, want %s", rec.State, rec.Stage, want)
-		}
-	}
+	return jobtest.State(r, j, want)
 }
 
 func contents(t testing.TB, n blk.Node) []byte {
@@ -318,9 +290,9 @@ func TestUnderLoad(t *testing.T) {
 					if q.Op != blk.OpWriteZeroes {
 						q.Data = blk.BytesVec(nil, b)
 					}
-					r.guest.mu.RLock()
+					r.guest.Mu.RLock()
 					err := blk.Do(blk.NewTask(), r.g.Root(), q)
-					r.guest.mu.RUnlock()
+					r.guest.Mu.RUnlock()
 					if err != nil {
 						t.Error(err)
 						return
@@ -484,6 +456,6 @@ func TestNotPaused(t *testing.T) {
 	}
 }
 
-type stuck struct{ queue }
+type stuck struct{ blktest.Guest }
 
 func (*stuck) Pause(context.Context) error { return errors.New("stuck") }

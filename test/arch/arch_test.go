@@ -32,6 +32,7 @@ var mayImport = []struct {
 	{"blk", nil},
 	{"blk/uring", nil},
 	{"blk/loop", []string{"blk", "blk/uring"}},
+	{"blk/loop/looptest", []string{"blk", "blk/loop"}},
 	{"blk/image", []string{"blk/..."}}, // puts the drivers together
 	{"blk/...", []string{"blk"}},       // drivers meet through graph edges only
 	{"vhostuser", []string{"virtq"}},
@@ -53,7 +54,7 @@ var unixPackages = []string{
 }
 
 // Packages that tests alone may import.
-var testOnly = []string{"blk/blktest", "vhostuser/frontend", "test/..."}
+var testOnly = []string{"blk/blktest", "blk/loop/looptest", "copy/job/jobtest", "vhostuser/frontend", "test/..."}
 
 type goPackage struct {
 	Dir, ImportPath, Name              string

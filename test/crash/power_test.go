@@ -134,7 +134,7 @@ type machine struct {
 	p     *power
 	g     *blk.Graph
 	img   *image.Image
-	queue queue
+	queue blktest.Guest
 	jobs  *job.Manager
 
 	records []record
@@ -166,17 +166,6 @@ type version struct {
 
 // flush made what came before seq durable, from step end on.
 type flush struct{ seq, end int }
-
-// queue is the guest's, which is held up while the graph is changed.
-type queue struct {
-	mu    sync.RWMutex
-	meter blk.Meter
-}
-
-func (q *queue) Pause(context.Context) error { q.mu.Lock(); return nil }
-func (q *queue) Resume()                     { q.mu.Unlock() }
-func (q *queue) Barrier()                    {}
-func (q *queue) Meter() *blk.Meter           { return &q.meter }
 
 func (m *machine) must(err error) {
 	m.Helper()
@@ -271,9 +260,9 @@ func read(t testing.TB, n blk.Node) []byte {
 // guest does n requests.
 func (m *machine) guest(n int) {
 	for range n {
-		m.queue.mu.RLock()
+		m.queue.Mu.RLock()
 		err := m.request()
-		m.queue.mu.RUnlock()
+		m.queue.Mu.RUnlock()
 		if err != nil {
 			m.Errorf("the guest: %v", err)
 			return

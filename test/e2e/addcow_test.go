@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"bytes"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -34,28 +33,12 @@ func TestCopyToAddCowSurvivesKill(t *testing.T) {
 		t.Errorf("after the copy has begun: %+v, %v", info, err)
 	}
 	left := filepath.Join(t.TempDir(), "left.raw")
-	if out, err := exec.Command("cp", source, left).CombinedOutput(); err != nil {
-		t.Fatalf("cp: %v: %s", err, out)
-	}
-	done := int64(0)
-	for range 3 {
-		eventually(t, "the stream's progress", func() (bool, error) {
-			job, err := d.Job("j")
-			return job.BytesDone > done+4*mib, err
-		})
-		progress(t, g, 0, uint64(1+rand.IntN(200)))
-		job, err := d.Job("j")
-		must(t, err)
-		done = job.BytesDone
-		must(t, d.Kill())
+	copyFile(t, source, left)
+	killed(t, d, g, func() {
 		eventually(t, "a sound bitmap", func() (bool, error) { // the kernel may still have the locks
 			return exec.Command(filepath.Join(bin, "blkstream"), "image", "check", "-f", "add-cow", bitmap).Run() == nil, nil
 		})
-		must(t, d.Start())
-		if job, err := d.Job("j"); err != nil || job.State != "running" {
-			t.Fatalf("after a crash: %+v, %v", job, err)
-		}
-	}
+	})
 	cli(t, d, 0, "job", "speed", "j", "0")
 	if out := cli(t, d, 0, "job", "watch", "j"); !strings.Contains(out, "change line") || !strings.Contains(out, target) {
 		t.Errorf("job watch: %s", out)
@@ -71,8 +54,6 @@ func TestCopyToAddCowSurvivesKill(t *testing.T) {
 		t.Errorf("the bitmap is still there: %v", err)
 	}
 	progress(t, g, 0, 200)
-	table := stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	table := finish(t, d, g)
 	verifyImage(t, target, table)
 }

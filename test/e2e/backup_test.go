@@ -36,9 +36,7 @@ func TestBackupChain(t *testing.T) {
 	back := func(name string, args ...string) (target, was string) {
 		t.Helper()
 		target, was = filepath.Join(dir, name), filepath.Join(dir, name+".was")
-		if out, err := exec.Command("cp", disk0, was).CombinedOutput(); err != nil { // the guest is idle
-			t.Fatalf("cp: %v: %s", err, out)
-		}
+		copyFile(t, disk0, was) // the guest is idle
 		cli(t, d, 0, append([]string{"backup", "disk0", target, "--bitmap", "b", "--id", name, "--speed", "32M"}, args...)...)
 		must(t, g.StartWriter(0, opts, table))
 		opts.Seed++
@@ -110,9 +108,7 @@ func TestBackupFullTarget(t *testing.T) {
 	d := start(t, disk)
 	g := boot(t, d, guest.Options{}, disk)
 	was := filepath.Join(t.TempDir(), "was")
-	if out, err := exec.Command("cp", disk0, was).CombinedOutput(); err != nil {
-		t.Fatalf("cp: %v: %s", err, out)
-	}
+	copyFile(t, disk0, was)
 	cli(t, d, 0, "backup", "disk0", filepath.Join(dir, "held"), "--format", "raw", "--id", "held", "--on-cbw-error", "hold")
 	must(t, g.StartWriter(0, mixed, table))
 	eventually(t, "a full target", func() (bool, error) {
@@ -145,9 +141,7 @@ func TestBackupFullTarget(t *testing.T) {
 		t.Errorf("job watch: %s", out)
 	}
 	progress(t, g, 0, 100)
-	table = stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	table = finish(t, d, g)
 	sameAs(t, was, filepath.Join(dir, "held"), "raw")
 	verifyImage(t, disk0, table)
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -29,21 +28,12 @@ func snapshots(t *testing.T, d *daemon.Daemon, g *guest.Guest, first string, n i
 	return images
 }
 
-func qemuImg(t *testing.T, args ...string) {
-	t.Helper()
-	if out, err := exec.Command("qemu-img", args...).CombinedOutput(); err != nil {
-		t.Fatalf("qemu-img %v: %v: %s", args, err, out)
-	}
-}
-
 // Images are merged in the middle of a chain, behind and under a guest that writes, and at last into the raw image with
 // which all began.
 func TestCommitUnderLoad(t *testing.T) {
 	image, filled := filledImage(t, 64*mib)
 	disk := daemon.Disk{ID: "disk0", Image: image, Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	at := snapshots(t, d, g, image, 5)
 	cli(t, d, 0, "commit", "disk0", "--top", at[3], "--base", at[1], "--wait")
 	progress(t, g, 0, 100)
@@ -67,9 +57,7 @@ func TestCommitUnderLoad(t *testing.T) {
 	if info, err := d.Disk("disk0"); err != nil || info.Image != image || info.Warning != "" {
 		t.Errorf("after the last commit: %+v %v", info, err)
 	}
-	table = stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	table = finish(t, d, g)
 	verifyImage(t, image, table)
 	for _, path := range at[1:] {
 		checkQcow2(t, path, false)
@@ -80,13 +68,9 @@ func TestCommitUnderLoad(t *testing.T) {
 func TestCommitAsQEMU(t *testing.T) {
 	image, filled := filledImage(t, 32*mib)
 	disk := daemon.Disk{ID: "disk0", Image: image, Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	ours := snapshots(t, d, g, image, 4)
-	stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	finish(t, d, g)
 
 	dir := t.TempDir()
 	var theirs []string
@@ -126,9 +110,7 @@ func TestCommitAsQEMU(t *testing.T) {
 func TestCommitKill(t *testing.T) {
 	image, filled := filledImage(t, 64*mib)
 	disk := daemon.Disk{ID: "disk0", Image: image, Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	at := snapshots(t, d, g, image, 3)
 	completed := func(id string) func() (bool, error) {
 		return func() (bool, error) {

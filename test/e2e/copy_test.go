@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -18,9 +17,7 @@ import (
 // has them open.
 func sameImages(t *testing.T, a, b string) {
 	t.Helper()
-	if out, err := exec.Command("qemu-img", "compare", "-U", "-f", "raw", "-F", "raw", a, b).CombinedOutput(); err != nil {
-		t.Fatalf("qemu-img compare: %v: %s", err, out)
-	}
+	qemuImg(t, "compare", "-U", "-f", "raw", "-F", "raw", a, b)
 }
 
 // guestUsesOnly wants the target to hold everything in table, and the source
@@ -37,9 +34,7 @@ func TestCopyAndSwitch(t *testing.T) {
 	image, filled := filledImage(t, 128*mib)
 	target := filepath.Join(t.TempDir(), "target.raw")
 	disk := daemon.Disk{ID: "disk0", Image: image, Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	progress(t, g, 0, 100)
 
 	if out := cli(t, d, 0, "copy", "disk0", target, "--id", "j", "--verify", "--wait"); !strings.Contains(out, "blkstream switch disk0") {
@@ -66,9 +61,7 @@ func TestCopyAndSwitch(t *testing.T) {
 		t.Errorf("after the switch: %+v, %v", job, err)
 	}
 	progress(t, g, 0, 300)
-	table = stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	table = finish(t, d, g)
 	guestUsesOnly(t, target, image, table)
 
 	// The configuration still names the source: the switch was recorded, and wins.
@@ -86,24 +79,18 @@ func TestCopySwitchesByItself(t *testing.T) {
 	image, filled := filledImage(t, 64*mib)
 	target := emptyImage(t, 64*mib)
 	disk := daemon.Disk{ID: "disk0", Image: image}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	cli(t, d, 1, "copy", "disk0", target) // it exists, and nobody said that this is meant
 	cli(t, d, 0, "block_copy", "disk0", target, "--existing", "--switch", "auto", "--wait")
 	progress(t, g, 0, 300)
-	table := stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	table := finish(t, d, g)
 	guestUsesOnly(t, target, image, table)
 }
 
 func TestCopyCancelled(t *testing.T) {
 	image, filled := filledImage(t, 64*mib)
 	disk := daemon.Disk{ID: "disk0", Image: image}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	waiting := d.Command(t.Context(), "copy", "disk0", filepath.Join(t.TempDir(), "t"), "--id", "j", "--speed", "1M", "--wait")
 	must(t, waiting.Start())
 	eventually(t, "the copy's first bytes", func() (bool, error) {
@@ -133,9 +120,7 @@ func TestCopySurvivesKill(t *testing.T) {
 	image, filled := filledImage(t, 64*mib)
 	target := filepath.Join(t.TempDir(), "target.raw")
 	disk := daemon.Disk{ID: "disk0", Image: image, Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	progress(t, g, 0, 100)
 	cli(t, d, 0, "copy", "disk0", target, "--id", "j", "--speed", "8M")
 	for _, share := range []int64{8, 2} { // an eighth, half

@@ -5,7 +5,9 @@ package e2e
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -90,6 +92,15 @@ func boot(t *testing.T, d *daemon.Daemon, opts guest.Options, disks ...daemon.Di
 	return guest.Boot(t, opts)
 }
 
+// busy starts a daemon and a guest that writes to the disk, which holds the table.
+func busy(t *testing.T, disk daemon.Disk, table *load.Table) (*daemon.Daemon, *guest.Guest) {
+	t.Helper()
+	d := start(t, disk)
+	g := boot(t, d, guest.Options{}, disk)
+	must(t, g.StartWriter(0, mixed, table))
+	return d, g
+}
+
 func run(t *testing.T, g *guest.Guest, cmd string) string {
 	t.Helper()
 	out, err := g.Run(cmd)
@@ -142,6 +153,55 @@ func stopAndVerify(t *testing.T, g *guest.Guest, disk int) *load.Table {
 	must(t, err)
 	must(t, g.Verify(disk, table, false))
 	return table
+}
+
+// finish stops the writer of the first disk, checks what that disk owes, and ends the guest and the daemon.
+func finish(t *testing.T, d *daemon.Daemon, g *guest.Guest) *load.Table {
+	t.Helper()
+	table := stopAndVerify(t, g, 0)
+	g.Quit()
+	must(t, d.Stop())
+	return table
+}
+
+// killed kills the daemon three times while its stream j goes on under a writer. dead looks at what is left each time.
+func killed(t *testing.T, d *daemon.Daemon, g *guest.Guest, dead func()) {
+	t.Helper()
+	done := int64(0)
+	for range 3 {
+		eventually(t, "the stream's progress", func() (bool, error) {
+			job, err := d.Job("j")
+			return job.BytesDone > done+4*mib, err
+		})
+		progress(t, g, 0, uint64(1+rand.IntN(200)))
+		job, err := d.Job("j")
+		must(t, err)
+		done = job.BytesDone
+		must(t, d.Kill())
+		dead()
+		must(t, d.Start())
+		if job, err := d.Job("j"); err != nil || job.State != "running" {
+			t.Fatalf("after a crash: %+v, %v", job, err)
+		}
+	}
+}
+
+func qemuImg(t *testing.T, args ...string) {
+	t.Helper()
+	command(t, "qemu-img", args...)
+}
+
+// copyFile keeps the holes.
+func copyFile(t *testing.T, from, to string) {
+	t.Helper()
+	command(t, "cp", from, to)
+}
+
+func command(t *testing.T, name string, args ...string) {
+	t.Helper()
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		t.Fatalf("%s %v: %v: %s", name, args, err, out)
+	}
 }
 
 // verifyImage checks the raw image itself.

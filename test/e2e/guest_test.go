@@ -146,9 +146,7 @@ func TestKillUnderLoad(t *testing.T) {
 		must(t, d.Start())
 	}
 	progress(t, g, 0, 200)
-	table := stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	table := finish(t, d, g)
 	verifyImage(t, disk.Image, table)
 }
 

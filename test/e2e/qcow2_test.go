@@ -68,9 +68,7 @@ func checkQcow2(t *testing.T, image string, leaks bool) {
 func verifyQcow2(t *testing.T, image string, table *load.Table) {
 	t.Helper()
 	flat := filepath.Join(t.TempDir(), "flat.raw")
-	if out, err := exec.Command("qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, flat).CombinedOutput(); err != nil {
-		t.Fatalf("qemu-img convert: %v: %s", err, out)
-	}
+	qemuImg(t, "convert", "-f", "qcow2", "-O", "raw", image, flat)
 	verifyImage(t, flat, table)
 }
 
@@ -85,6 +83,14 @@ func backingOf(t *testing.T, image string) (name, format string) {
 	}
 	must(t, json.Unmarshal(out, &info))
 	return info.Name, info.Format
+}
+
+// alone wants an image to have none behind it.
+func alone(t *testing.T, image string) {
+	t.Helper()
+	if name, _ := backingOf(t, image); name != "" {
+		t.Errorf("behind %s is still %s", image, name)
+	}
 }
 
 // The daemon is killed at random moments while the guest writes, for the first time and again, to a qcow2 image over a
@@ -106,9 +112,7 @@ func TestQcow2KillUnderLoad(t *testing.T) {
 		must(t, d.Start())
 	}
 	progress(t, g, 0, 200)
-	table := stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	table := finish(t, d, g)
 	checkQcow2(t, top, true)
 	verifyQcow2(t, top, table)
 	tool(t, "image", "check", "-f", "qcow2", "--repair", "leaks", top)
@@ -124,9 +128,7 @@ func TestCopyOverSharedBase(t *testing.T) {
 	top, middle := overlay(t, base)
 	target := filepath.Join(t.TempDir(), "target.qcow2")
 	disk := daemon.Disk{ID: "disk0", Image: top, Format: "qcow2", Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	progress(t, g, 0, 100)
 	_, table, err := g.StopWriter(0)
 	must(t, err)
@@ -141,9 +143,7 @@ func TestCopyOverSharedBase(t *testing.T) {
 	progress(t, g, 0, 100)
 	cli(t, d, 0, "switch", "disk0")
 	progress(t, g, 0, 100)
-	table = stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
+	table = finish(t, d, g)
 	checkQcow2(t, target, false)
 	verifyQcow2(t, target, table)
 	if name, format := backingOf(t, target); name != base || format != "raw" {
@@ -190,9 +190,7 @@ func TestConvertLive(t *testing.T) {
 
 	// QEMU reads the same file system, and the guest's writes after the first switch are not on what it left.
 	again := filepath.Join(dir, "again.raw")
-	if out, err := exec.Command("qemu-img", "convert", "-f", "qcow2", "-O", "raw", packed, again).CombinedOutput(); err != nil {
-		t.Fatalf("qemu-img convert: %v: %s", err, out)
-	}
+	qemuImg(t, "convert", "-f", "qcow2", "-O", "raw", packed, again)
 	if out, err := exec.Command("e2fsck", "-fn", again).CombinedOutput(); err != nil {
 		t.Errorf("e2fsck: %v: %s", err, out)
 	}

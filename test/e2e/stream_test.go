@@ -3,9 +3,7 @@
 package e2e
 
 import (
-	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -28,23 +26,7 @@ func TestStreamSurvivesKill(t *testing.T) {
 	must(t, g.StartWriter(0, opts, filled))
 	progress(t, g, 0, 50)
 	cli(t, d, 0, "stream", "disk0", "--id", "j", "--speed", "16M")
-	done := int64(0)
-	for range 3 {
-		eventually(t, "the stream's progress", func() (bool, error) {
-			job, err := d.Job("j")
-			return job.BytesDone > done+6*mib, err
-		})
-		progress(t, g, 0, uint64(1+rand.IntN(200)))
-		job, err := d.Job("j")
-		must(t, err)
-		done = job.BytesDone
-		must(t, d.Kill())
-		checkQcow2(t, top, true)
-		must(t, d.Start())
-		if job, err := d.Job("j"); err != nil || job.State != "running" {
-			t.Fatalf("after a crash: %+v, %v", job, err)
-		}
-	}
+	killed(t, d, g, func() { checkQcow2(t, top, true) })
 	cli(t, d, 0, "job", "speed", "j", "0")
 	if out := cli(t, d, 0, "job", "watch", "j"); !strings.Contains(out, "needs no other image") {
 		t.Errorf("job watch: %s", out)
@@ -54,12 +36,8 @@ func TestStreamSurvivesKill(t *testing.T) {
 	must(t, os.Rename(base, base+".away"))
 	must(t, d.Start())
 	progress(t, g, 0, 200)
-	table := stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
-	if name, _ := backingOf(t, top); name != "" {
-		t.Errorf("behind the image is still %s", name)
-	}
+	table := finish(t, d, g)
+	alone(t, top)
 	checkQcow2(t, top, true)
 	verifyQcow2(t, top, table)
 	tool(t, "image", "check", "-f", "qcow2", "--repair", "leaks", top)
@@ -90,9 +68,7 @@ func written(t *testing.T) (d *daemon.Daemon, g *guest.Guest, disk daemon.Disk, 
 	}
 	theirs = filepath.Join(t.TempDir(), "theirs.qcow2")
 	must(t, d.Stop())
-	if out, err := exec.Command("cp", top, theirs).CombinedOutput(); err != nil {
-		t.Fatalf("cp: %v: %s", err, out)
-	}
+	copyFile(t, top, theirs)
 	must(t, d.Start())
 	return d, g, disk, base, theirs, table
 }
@@ -109,12 +85,8 @@ func TestStreamToBase(t *testing.T) {
 	}
 	checkQcow2(t, disk.Image, false)
 	verifyQcow2(t, disk.Image, table)
-	if out, err := exec.Command("qemu-img", "rebase", "-f", "qcow2", "-b", base, "-F", "raw", theirs).CombinedOutput(); err != nil {
-		t.Fatalf("qemu-img rebase: %v: %s", err, out)
-	}
-	if out, err := exec.Command("qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", disk.Image, theirs).CombinedOutput(); err != nil {
-		t.Errorf("qemu-img compare: %v: %s", err, out)
-	}
+	qemuImg(t, "rebase", "-f", "qcow2", "-b", base, "-F", "raw", theirs)
+	qemuImg(t, "compare", "-f", "qcow2", "-F", "qcow2", disk.Image, theirs)
 	if have, want := allocated(t, disk.Image), allocated(t, theirs); have > want+want/8+mib {
 		t.Errorf("the image takes %d bytes, with qemu-img rebase %d", have, want)
 	}
@@ -137,12 +109,8 @@ func TestCopyOnRead(t *testing.T) {
 	cli(t, d, 0, "job", "speed", "j", "0")
 	cli(t, d, 0, "job", "watch", "j")
 	progress(t, g, 0, 100)
-	table := stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
-	if name, _ := backingOf(t, top); name != "" {
-		t.Errorf("behind the image is still %s", name)
-	}
+	table := finish(t, d, g)
+	alone(t, top)
 	checkQcow2(t, top, false)
 	verifyQcow2(t, top, table)
 	verifyImage(t, base, filled)
@@ -154,18 +122,14 @@ func TestCopyByStream(t *testing.T) {
 	source, filled := filledImage(t, 192*mib)
 	target := filepath.Join(t.TempDir(), "target.qcow2")
 	disk := daemon.Disk{ID: "disk0", Image: source, Queues: 2}
-	d := start(t, disk)
-	g := boot(t, d, guest.Options{}, disk)
-	must(t, g.StartWriter(0, mixed, filled))
+	d, g := busy(t, disk, filled)
 	progress(t, g, 0, 100)
 	cli(t, d, 0, "copy", "disk0", target, "--method", "stream", "--id", "j", "--speed", "16M")
 	if info, err := d.Disk("disk0"); err != nil || info.Image != target || info.Format != "qcow2" || !strings.Contains(info.Warning, target) {
 		t.Errorf("after the copy has begun: %+v, %v", info, err)
 	}
 	left := filepath.Join(t.TempDir(), "left.raw")
-	if out, err := exec.Command("cp", source, left).CombinedOutput(); err != nil {
-		t.Fatalf("cp: %v: %s", err, out)
-	}
+	copyFile(t, source, left)
 	progress(t, g, 0, 100)
 	must(t, d.Kill())
 	must(t, d.Start())
@@ -179,12 +143,8 @@ func TestCopyByStream(t *testing.T) {
 	sameImages(t, source, left)
 	must(t, os.Remove(source))
 	progress(t, g, 0, 200)
-	table := stopAndVerify(t, g, 0)
-	g.Quit()
-	must(t, d.Stop())
-	if name, _ := backingOf(t, target); name != "" {
-		t.Errorf("behind the target is still %s", name)
-	}
+	table := finish(t, d, g)
+	alone(t, target)
 	tool(t, "image", "check", "-f", "qcow2", "--repair", "leaks", target)
 	checkQcow2(t, target, false)
 	verifyQcow2(t, target, table)

@@ -153,14 +153,7 @@ func (d *Daemon) createBackup(k *disk, req *control.BackupRequest, r job.Record)
 			o.BackingFormat = image.Qcow2
 		}
 	}
-	err := image.Create(context.Background(), r.Target, o)
-	switch {
-	case errors.Is(err, os.ErrExist):
-		return control.Errorf(control.ErrExists, "%s exists; use --existing to overwrite what it holds", r.Target)
-	case errors.Is(err, blk.ErrInvalid):
-		return control.Errorf(control.ErrInvalid, "%w", err)
-	}
-	return imageError(err)
+	return create(r.Target, o)
 }
 
 // startBackup opens the target and starts the job.

@@ -176,14 +176,19 @@ func (d *Daemon) createTarget(k *disk, req *control.CopyRequest, r job.Record) e
 		}
 		o.BackingFile, o.BackingFormat = img.Chain[i].Path, img.Chain[i].Format
 	}
-	err := image.Create(context.Background(), r.Target, o)
+	return create(r.Target, o)
+}
+
+// create makes a job's target.
+func create(target string, o image.CreateOptions) error {
+	err := image.Create(context.Background(), target, o)
 	switch {
 	case errors.Is(err, os.ErrExist):
-		return control.Errorf(control.ErrExists, "%s exists; use --existing to overwrite what it holds", r.Target)
+		return control.Errorf(control.ErrExists, "%s exists; use --existing to overwrite what it holds", target)
 	case errors.Is(err, blk.ErrInvalid):
 		return control.Errorf(control.ErrInvalid, "%w", err)
 	}
-	return err
+	return imageError(err)
 }
 
 // findBase is the place of the shared base in the chain of images, at least 1.

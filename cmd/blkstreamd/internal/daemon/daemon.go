@@ -156,17 +156,27 @@ func (d *Daemon) startControl() error {
 // Done is closed when there is nothing left to serve.
 func (d *Daemon) Done() <-chan struct{} { return d.end }
 
-// Stop drains the disks and closes everything. Jobs stay in the journal as they are.
+// Stop drains the disks, all at the same time, and closes everything. Jobs stay in the journal as they are. A disk whose
+// storage hangs is left as it is, and the error says so: for the next daemon that is a crash, which loses nothing.
 func (d *Daemon) Stop() error {
 	var errs []error
 	if d.rpc != nil {
 		errs = append(errs, d.rpc.Close())
 	}
 	if d.jobs != nil {
-		d.jobs.Shutdown()
+		go d.jobs.Shutdown() // which takes locks that are held while the state directory is written
 	}
+	var ended []chan error
 	for _, k := range d.list() {
-		errs = append(errs, k.stop())
+		e := make(chan error, 1)
+		go func() { e <- k.stop() }()
+		ended = append(ended, e)
+	}
+	for _, e := range ended {
+		errs = append(errs, <-e)
+	}
+	if err := errors.Join(errs...); errors.Is(err, errLeft) {
+		return err // the state directory stays locked against who might start in this process
 	}
 	d.wg.Wait()
 	if d.lock != nil {

@@ -3,6 +3,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -59,6 +61,9 @@ type disk struct {
 	server *vhostuser.Server
 	cancel context.CancelFunc
 	served chan struct{} // closed when the socket is served no more
+
+	drained func() error // drain, once
+	waits   atomic.Value // string: what that waits for
 
 	holdMu sync.Mutex // held over locking and unlocking the image
 	holds  int        // who needs the image's locks: the guest's queues, a job, a resize
@@ -271,7 +276,7 @@ func (d *Daemon) checkRoots(path string) error {
 // startDisk opens the image and serves the socket.
 func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 	k := &disk{d: d, spec: spec, rec: r, graph: blk.NewGraph(nil), served: make(chan struct{}), notCopied: newCopyErrors()}
-	k.bitmaps = &bitmaps{k: k}
+	k.bitmaps, k.drained = &bitmaps{k: k}, sync.OnceValue(k.drain)
 	backing := k.backing()
 	unlocked := spec.Lock == lockRunning && r.Format == image.Raw // hold locks no other
 	img, err := d.openImage(r.Image, r.Format, &spec, k.graph, backing, unlocked)
@@ -363,9 +368,38 @@ func (k *disk) serve() error {
 	return nil
 }
 
-// stop drains the guest's requests and closes the image.
+// stopWait is how long a disk may take to stop. While one waits for its storage, the guests of all the others wait for the
+// next daemon.
+var stopWait = 10 * time.Second
+
+var errLeft = errors.New("left as a crash would leave it: its storage does not answer")
+
+// stop ends the disk, or gives up with errLeft after stopWait. It may be called again.
 func (k *disk) stop() error {
-	k.cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- k.drained() }()
+	select {
+	case err := <-ended:
+		return err
+	case <-time.After(stopWait):
+		return fmt.Errorf("disk %q is %w (%v)", k.spec.ID, errLeft, k.waits.Load())
+	}
+}
+
+// drain ends what the guest and a job have in flight, and closes the image. The job has been told to end.
+func (k *disk) drain() error {
+	k.cancel() // the guest's queues take nothing more from now on
+	k.waits.Store("state directory " + k.d.file.Daemon.StateDir)
+	image := k.record().Image
+	if k.d.jobs != nil {
+		if j := k.d.jobs.OnDisk(k.spec.ID); j != nil {
+			r := j.Record()
+			k.waits.Store(fmt.Sprintf("job %s, from %s to %s", r.ID, cmp.Or(r.Source, "the images behind it"), r.Target))
+			<-j.Done()
+			image = k.record().Image
+		}
+	}
+	k.waits.Store("requests of the guest to " + image)
 	err := k.server.Close()
 	<-k.served
 	k.d.mu.Lock()
@@ -374,6 +408,7 @@ func (k *disk) stop() error {
 	if k.dev.Running() > 0 {
 		return errors.Join(err, fmt.Errorf("disk %q: requests are still in flight, its image stays open", k.spec.ID))
 	}
+	k.waits.Store("closing " + image)
 	var root blk.Node
 	k.graph.View(func(n blk.Node) { root = n })
 	// Whatever the guest was promised is durable by its own flushes; this is for those who never flush.

@@ -234,7 +234,7 @@ func (s *service) find(name string) (*job.Job, error) {
 	if _, err := s.d.find(name); err == nil {
 		return nil, control.Errorf(control.ErrPrecondition, "no job works on disk %q", name)
 	}
-	return nil, control.Errorf(control.ErrNotFound, "there is no job or disk %q", name)
+	return nil, control.Errorf(control.ErrNotFound, "there is no job or disk %q; `blkstream job list` and `blkstream disk list` name them", name)
 }
 
 func (s *service) Switch(ctx context.Context, r *control.SwitchRequest) (*control.SwitchResponse, error) {
