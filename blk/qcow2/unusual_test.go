@@ -69,7 +69,7 @@ func TestBitmapsOutOfDate(t *testing.T) {
 
 // The header's numbers, the bitmaps' extension and the names change as one, also where they take several sectors.
 func TestPowerCutsStoreBitmaps(t *testing.T) {
-	rng := seeded(t)
+	rng := blktest.Rand(t)
 	for _, c := range []struct {
 		cluster int64
 		name    string
