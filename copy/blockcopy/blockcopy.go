@@ -438,6 +438,9 @@ func (c *copier) switchOver(ctx context.Context) error {
 		if err := flush(); err != nil {
 			return c.flushFailed(err)
 		}
+		if ctx.Err() != nil { // cancelled while the guest was brought to rest
+			return context.Cause(ctx)
+		}
 		if err := c.Commit(); err != nil {
 			return err
 		}

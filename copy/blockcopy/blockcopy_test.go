@@ -5,6 +5,7 @@ package blockcopy_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -96,6 +97,52 @@ func TestTargetTooSmall(t *testing.T) {
 	r.stays(source)
 	if target.closed.Load() != 1 {
 		t.Errorf("the target was closed %d times", target.closed.Load())
+	}
+}
+
+// A cancel during the switch: before it is recorded the guest stays on the source, afterwards the user is told that it came
+// too late.
+func TestCancelDuringSwitch(t *testing.T) {
+	for _, late := range []bool{false, true} {
+		mem := blktest.NewMemory(size)
+		var cancelled atomic.Bool
+		var j *job.Job
+		target := &hooked{Node: blktest.NewMemory(size)}
+		r := newRig(t, mem, target)
+		done := make(chan error, 1)
+		cancel := func() {
+			if !cancelled.Swap(true) {
+				go func() { done <- j.Cancel(context.Background()) }()
+				time.Sleep(10 * time.Millisecond)
+			}
+		}
+		commit := r.setup.Commit
+		r.setup.Commit = func() error {
+			if late {
+				cancel()
+			}
+			return commit()
+		}
+		j = r.start(nil)
+		r.state(j, job.StateReady)
+		target.before = func(q *blk.Request) error {
+			if q.Op == blk.OpFlush && !late {
+				cancel()
+			}
+			return nil
+		}
+		if err := j.AskSwitch(); err != nil {
+			t.Fatal(err)
+		}
+		err := <-done
+		if !late {
+			if err != nil || j.Record().State != job.StateCancelled {
+				t.Errorf("cancelled before: %v, %+v", err, j.Record())
+			}
+			r.stays(mem)
+		} else if !errors.Is(err, job.ErrState) || j.Record().State != job.StateCompleted {
+			t.Errorf("cancelled after: %v, %+v", err, j.Record())
+		}
 	}
 }
 

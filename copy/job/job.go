@@ -224,7 +224,8 @@ func (j *Job) Resume() error {
 	}
 }
 
-// Cancel ends the job and waits for that. The guest stays where it is. If ctx ends before, which it does when the
+// Cancel ends the job and waits for that. The guest stays where it is; ErrState: the job was completed by then, or is over
+// already. If ctx ends before, which it does when the
 // storage does not answer, the job still ends as soon as it can.
 func (j *Job) Cancel(ctx context.Context) error {
 	j.mu.Lock()
@@ -239,10 +240,13 @@ func (j *Job) Cancel(ctx context.Context) error {
 	j.cancel(errCancelled)
 	select {
 	case <-j.done:
-		return nil
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	if r := j.Record(); r.State == StateCompleted {
+		return fmt.Errorf("job %s was completed before it could be cancelled: %w", r.ID, ErrState)
+	}
+	return nil
 }
 
 // SetSpeed limits the copying, in bytes a second; 0: no limit.

@@ -567,6 +567,128 @@ func TestAddedAgain(t *testing.T) {
 	b.stop(d)
 }
 
+// The guest is told of a new size, by resize or by a larger target, and its data are not cut off.
+func TestResize(t *testing.T) {
+	b := newBed(t)
+	larger := b.path("larger.img")
+	b.must(file.Create(larger, 3*diskSize))
+	b.must(file.Create(b.path("odd.img"), diskSize+512))
+	disk := b.disk("disk0", b.image("a.img")) + "block_size = 4096\n"
+	b.refused(b.load("", strings.Replace(disk, "a.img", "odd.img", 1)), "odd.img", "not a multiple of block_size 4096")
+	d, c := b.start(b.load("", disk))
+	g := b.guest("disk0")
+	defer g.Close()
+	b.must(g.WriteZeroes(0, 4096, false))
+	told := func(size int64) {
+		t.Helper()
+		select {
+		case <-g.ConfigChanged():
+		case <-time.After(10 * time.Second):
+			t.Error("the guest is not told")
+		}
+		if cfg, err := g.Config(); err != nil || cfg.Size() != size {
+			t.Errorf("%d bytes, want %d; error %v", cfg.Size(), size, err)
+		}
+		if _, err := g.WriteAt(make([]byte, 4096), size-4096); err != nil {
+			t.Errorf("a write to the end: %v", err)
+		}
+	}
+	resize := func(size int64) error {
+		_, err := c.DiskResize(t.Context(), &control.DiskResizeRequest{Id: "disk0", Size: size})
+		return err
+	}
+	for _, size := range []int64{-4096, 0, 4096, diskSize - 4096, 2*diskSize + 512} {
+		b.wants(resize(size), control.ErrInvalid)
+	}
+	if cfg, err := g.Config(); err != nil || cfg.Size() != diskSize {
+		t.Errorf("%d bytes after what was refused; error %v", cfg.Size(), err)
+	}
+	b.must(resize(2 * diskSize))
+	told(2 * diskSize)
+	_, err := c.DiskRemove(t.Context(), &control.DiskRemoveRequest{Id: "disk0"})
+	b.wants(err, control.ErrPrecondition, "a guest uses")
+	b.move(c, "disk0", larger)
+	told(3 * diskSize)
+	b.stop(d)
+}
+
+// What cannot be copied is refused, and leaves nothing behind.
+func TestCopyRefused(t *testing.T) {
+	b := newBed(t)
+	d, c := b.start(b.load("", b.disk("disk0", b.image("a.img")), b.disk("ro", b.image("ro.img"))+"read_only = true\n"))
+	target := b.path("t.img")
+	b.copyTo(c, "disk0", b.path("first.img"))
+	_, err := c.JobCancel(t.Context(), &control.JobCancelRequest{Id: "copy-disk0-1"})
+	b.must(err)
+	for _, r := range []struct {
+		req  *control.CopyRequest
+		kind error
+	}{
+		{&control.CopyRequest{Disk: "nobody"}, control.ErrNotFound},
+		{&control.CopyRequest{Disk: "ro"}, control.ErrPrecondition},
+		{&control.CopyRequest{Granularity: 2048}, control.ErrInvalid},
+		{&control.CopyRequest{Granularity: 32 << 20}, control.ErrInvalid},
+		{&control.CopyRequest{Granularity: 65537}, control.ErrInvalid},
+		{&control.CopyRequest{Speed: -1}, control.ErrInvalid},
+		{&control.CopyRequest{SwitchMode: "now"}, control.ErrInvalid},
+		{&control.CopyRequest{Method: "teleport"}, control.ErrInvalid},
+		{&control.CopyRequest{OnTargetError: "ignore"}, control.ErrInvalid},
+		{&control.CopyRequest{OnSourceError: "ignore"}, control.ErrInvalid},
+		{&control.CopyRequest{Format: "vmdk"}, control.ErrUnsupported},
+		{&control.CopyRequest{Target: "t.img"}, control.ErrInvalid},
+		{&control.CopyRequest{Id: "../x"}, control.ErrInvalid},
+		{&control.CopyRequest{Id: "copy-disk0-1"}, control.ErrExists},
+		{&control.CopyRequest{Existing: true, Preallocation: "full"}, control.ErrInvalid},
+	} {
+		if r.req.Disk == "" {
+			r.req.Disk = "disk0"
+		}
+		if r.req.Target == "" {
+			r.req.Target = target
+		}
+		_, err := c.Copy(t.Context(), r.req)
+		b.wants(err, r.kind)
+		if exists(target) {
+			t.Fatalf("%v left a target", r.req)
+		}
+	}
+	for _, g := range []int64{4096, 16 << 20} {
+		j, err := c.Copy(t.Context(), &control.CopyRequest{Disk: "disk0", Target: target, Granularity: g, SwitchMode: "auto"})
+		b.must(err)
+		b.wait(c, j.Id, job.StateCompleted)
+		target += "2"
+	}
+	b.stop(d)
+}
+
+// A daemon that died after the switch was recorded, and before the job's end was, leaves a job that is complete. One whose
+// target is gone has failed.
+func TestUnfinishedJobs(t *testing.T) {
+	b := newBed(t)
+	now := b.image("now.img")
+	s, err := job.OpenStore(b.path("state"))
+	b.must(err)
+	b.must(s.Save(recordKind, "disk0", &record{Image: now, Format: "raw", Moved: []string{b.image("old.img")}}))
+	open := job.Record{Kind: kindCopy, Format: "raw", Source: b.path("old.img"), Stage: job.StageSwitch, State: job.StateReady}
+	for id, target := range map[string]string{"disk0": now, "disk1": b.path("gone.img")} {
+		r := open
+		r.ID, r.Disk, r.Target, r.TargetConsistent = "j-"+id, id, target, true
+		b.must(s.Save("jobs", r.ID, &r))
+	}
+	d, c := b.start(b.load("", b.disk("disk0", b.path("old.img")), b.disk("disk1", b.image("1.img"))))
+	j := b.wait(c, "j-disk0", job.StateCompleted)
+	if !strings.Contains(j.Message, now) {
+		t.Errorf("completed without a word of what to change: %v", j)
+	}
+	j = b.wait(c, "j-disk1", job.StateFailed)
+	if j.TargetConsistent || !strings.Contains(j.Error, "gone.img") {
+		t.Errorf("failed as %v", j)
+	}
+	b.write("disk0", 1)
+	b.write("disk1", 1)
+	b.stop(d)
+}
+
 // No two disks or jobs may write to one image.
 func TestOneWriter(t *testing.T) {
 	b := newBed(t)
