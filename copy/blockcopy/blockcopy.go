@@ -45,8 +45,8 @@ type Setup struct {
 	// Commit records durably that the disk is on the target. The guest is paused meanwhile. After an error the disk
 	// stays on the source.
 	Commit func() error
-	// Hint tells the user what to do after the switch.
-	Hint string
+	// Hint tells the user what to do after the switch, Left before it what the target will not have. Left may be empty.
+	Hint, Left string
 }
 
 const (
@@ -368,6 +368,9 @@ func (c *copier) ready(ctx context.Context) error {
 				r.BytesDone = c.progress.done.Load()
 				r.BytesTotal = r.BytesDone + c.left()
 				r.Message = fmt.Sprintf("both images are the same; finish with: blkstream switch %s", r.Disk)
+				if c.Left != "" {
+					r.Message += "; " + c.Left
+				}
 			}
 		})
 	}
