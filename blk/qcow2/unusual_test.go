@@ -226,8 +226,12 @@ func TestTablesOverlap(t *testing.T) {
 // What was cut off does not come back, in any version and over any backing image.
 func TestShrinkGrow(t *testing.T) {
 	for _, o := range []qcow2.CreateOptions{
-		{ClusterSize: 512}, {ClusterSize: 4096}, {ClusterSize: 16 << 10, ExtendedL2: true}, {ClusterSize: 4096, Version: 2},
-		{ClusterSize: 4096, Version: 2, BackingFile: "b", BackingFormat: "raw"}, {ClusterSize: 512, RefcountBits: 64, BackingFile: "b", BackingFormat: "raw"},
+		{ClusterSize: 512},
+		{ClusterSize: 4096},
+		{ClusterSize: 16 << 10, ExtendedL2: true},
+		{ClusterSize: 4096, Version: 2},
+		{ClusterSize: 4096, Version: 2, BackingFile: "b", BackingFormat: "raw"},
+		{ClusterSize: 512, RefcountBits: 64, BackingFile: "b", BackingFormat: "raw"},
 	} {
 		for _, bs := range []int{100 << 10, 500 << 10} {
 			o.Size = 400 << 10
