@@ -36,6 +36,9 @@ func Convert(ctx context.Context, src blk.Node, path string, o ConvertOptions) (
 	if o.Compress && c.Format != Qcow2 {
 		return fmt.Errorf("a compressed %s image: %w", c.Format, blk.ErrInvalid)
 	}
+	if o.Compress && (c.DataFile != "" || c.Preallocation != "" && c.Preallocation != preallocOff) {
+		return fmt.Errorf("a compressed image with a data file or preallocation: clusters there lie where they belong: %w", blk.ErrInvalid)
+	}
 	if err := Create(ctx, path, *c); err != nil {
 		return err
 	}

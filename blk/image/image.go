@@ -53,6 +53,7 @@ type Options struct {
 	Check    func(path string) error
 	Cache    *qcow2.Cache            // of all images of the chain; nil: one of their own
 	Barrier  func(t *blk.Task) error // see qcow2.Options
+	Ahead    bool                    // see qcow2.Options; of the first image
 	Warn     func(string)            // of qcow2.Options, for the first image
 	MaxDepth int                     // images behind the first; 0: chain.MaxDepth
 	// Storage is put over each file that is opened, by tests of what a disk may do. nil: nothing is.
@@ -328,7 +329,7 @@ func (g *Image) openNode(t *blk.Task, i int, o Options, backing blk.Node) error 
 	default:
 		qo := qcow2.Options{Name: m.Path, ReadOnly: true, Data: m.data, Backing: backing, Cache: o.Cache}
 		if i == 0 {
-			qo.ReadOnly, qo.Barrier, qo.Warn = o.ReadOnly, o.Barrier, o.Warn
+			qo.ReadOnly, qo.Barrier, qo.Ahead, qo.Warn = o.ReadOnly, o.Barrier, o.Ahead, o.Warn
 		}
 		n, err := qcow2.Open(t, m.storage, qo)
 		if err != nil {

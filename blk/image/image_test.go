@@ -841,6 +841,12 @@ func TestConvertFails(t *testing.T) {
 	if err := Convert(t.Context(), src, d.at("out"), o); !errors.Is(err, blk.ErrInvalid) {
 		t.Errorf("a compressed raw image: %v", err)
 	}
+	for _, q := range []qcow2.CreateOptions{{Size: -1, Preallocation: "metadata"}, {Size: -1, DataFile: "data"}} {
+		o := ConvertOptions{Target: CreateOptions{Format: Qcow2, CreateOptions: q}, Compress: true}
+		if err := Convert(t.Context(), src, d.at("out"), o); !errors.Is(err, blk.ErrInvalid) || !strings.Contains(err.Error(), "compressed image with") {
+			t.Errorf("%+v, compressed: %v", q, err)
+		}
+	}
 }
 
 func TestCreateRefuses(t *testing.T) {

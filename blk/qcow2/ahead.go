@@ -18,7 +18,7 @@ const maxAhead int64 = 1 << 20
 type stream struct {
 	next atomic.Int64 // guest offset
 	size atomic.Int64 // clusters that the last one asked for beforehand
-	off  atomic.Bool  // nobody is given any: clusters are being compressed, which goes only where there is no place yet
+	off  atomic.Bool  // nobody is given any: not asked for, or clusters are being compressed, which needs free ones
 }
 
 // ahead is for how many clusters behind [off, off+l) a write there asks.

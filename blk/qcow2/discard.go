@@ -196,8 +196,8 @@ func (n *Node) zeroEntries(t *blk.Task, lo, hi int64, m zeroMode) error {
 // zeroed is the entry after its subclusters subs were zeroed.
 func (n *Node) zeroed(o cluster, subs uint32, m zeroMode) cluster {
 	flag := subs
-	if !n.hasBacking() {
-		flag = 0 // what is not allocated reads as zeros
+	if !n.hasBacking() || n.v2 {
+		flag = 0 // what is not allocated reads as zeros, or is behind the end
 	}
 	switch {
 	case o.packed != 0 && subs != n.all:

@@ -111,13 +111,13 @@ func TestFaultsEverywhere(t *testing.T) {
 // faulty goes through the scene. It returns false if that was too short for the fault.
 func (s *scene) faulty(t *testing.T, rng *rand.Rand, f *tripwire, base blk.Node) bool {
 	t.Helper()
-	n, err := qcow2.Open(blk.NewTask(), f, qcow2.Options{Name: "image", Backing: base})
+	n, err := qcow2.Open(blk.NewTask(), f, qcow2.Options{Name: "image", Backing: base, Ahead: true})
 	if f.hit.Load() > 0 {
 		if !errors.Is(err, f.err) {
 			t.Fatalf("operation %d failed, and Open says %v", f.from, err)
 		}
 		f.count = 0
-		n, err = qcow2.Open(blk.NewTask(), f, qcow2.Options{Name: "image", Backing: base})
+		n, err = qcow2.Open(blk.NewTask(), f, qcow2.Options{Name: "image", Backing: base, Ahead: true})
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -105,7 +105,7 @@ func memoryOf(t *testing.T, b []byte) *blktest.Memory {
 
 func open(t *testing.T, storage blk.Node, o qcow2.Options) *qcow2.Node {
 	t.Helper()
-	o.Name = "image"
+	o.Name, o.Ahead = "image", true
 	n, err := qcow2.Open(blk.NewTask(), storage, o)
 	if err != nil {
 		t.Fatal(err)

@@ -41,6 +41,9 @@ type Options struct {
 	Data     blk.Node // the external data file, if the header names one; closed with the node
 	ReadOnly bool
 	Cache    *Cache // bounds the memory for tables; nil: a cache of the node's own with DefaultCacheBytes
+	// Ahead gives a sequential writer places beforehand (ahead.go). Not for an image without a backing image that will be
+	// put over one: what was not written would hide what is behind it.
+	Ahead bool
 	// Warn is told what the user should know, as it comes up; Node.Warnings repeats it. It must not block. May be nil.
 	Warn func(string)
 	// Barrier returns when all I/O has ended that was begun before on extents from TryMap; nil: there never is any.
@@ -174,6 +177,7 @@ func open(t *blk.Task, storage blk.Node, o Options) (*Node, error) {
 	if err := n.loadL1(t); err != nil {
 		return nil, err
 	}
+	n.stream.off.Store(!o.Ahead)
 	if o.ReadOnly {
 		return n, nil
 	}

@@ -90,6 +90,7 @@ func mustDo(t *testing.T, n blk.Node, r *blk.Request) {
 
 func mustOpen(t testing.TB, storage blk.Node, o Options) *Node {
 	t.Helper()
+	o.Ahead = true
 	n, err := Open(blk.NewTask(), storage, o)
 	if err != nil {
 		t.Fatal(err)

@@ -87,10 +87,16 @@ func (n *Node) grow(t *blk.Task, h *Header, size int64) error {
 }
 
 func (n *Node) shrink(t *blk.Task, h *Header, size int64) error {
-	if from := roundUp(size, n.clusterSize()); from < h.Size {
-		if err := n.zero(t, from, h.Size-from, discard); err != nil {
+	// Whole clusters, or what is left behind the end would be there again when the disk grows. Nothing is seen there, so
+	// a backing image may show.
+	end := roundUp(h.Size, n.clusterSize())
+	for off := roundUp(size, n.clusterSize()); off < end && !n.raw; {
+		next := min(end, (off>>n.l1Shift+1)<<n.l1Shift)
+		if err := n.zeroEntries(t, off, next, discard); err != nil {
 			return err
 		}
+		n.tidy(t)
+		off = next
 	}
 	if err := n.setSize(t, size); err != nil || !n.raw {
 		return err

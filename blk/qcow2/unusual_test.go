@@ -106,7 +106,7 @@ func TestPowerCutsStoreBitmaps(t *testing.T) {
 			must(t, n.StoreBitmaps(blk.NewTask(), []string{"a", "b"}, list))
 		}
 		for at := first; at <= disk.Points(); at++ {
-			for range 30 {
+			for range 12 {
 				left := disk.CrashAt(at, rng)
 				h, err := qcow2.ReadHeader(blk.NewTask(), left)
 				if err != nil || h.BackingFile != c.name || h.BackingFormat != o.BackingFormat {
@@ -219,6 +219,52 @@ func TestTablesOverlap(t *testing.T) {
 		}
 		if !bytes.Equal(m.Bytes()[at:at+4096], b[at:at+4096]) {
 			t.Errorf("%s: it was overwritten", c.name)
+		}
+	}
+}
+
+// What was cut off does not come back, in any version and over any backing image.
+func TestShrinkGrow(t *testing.T) {
+	for _, o := range []qcow2.CreateOptions{
+		{ClusterSize: 512},
+		{ClusterSize: 4096},
+		{ClusterSize: 16 << 10, ExtendedL2: true},
+		{ClusterSize: 4096, Version: 2},
+		{ClusterSize: 4096, Version: 2, BackingFile: "b", BackingFormat: "raw"},
+		{ClusterSize: 512, RefcountBits: 64, BackingFile: "b", BackingFormat: "raw"},
+	} {
+		for _, bs := range []int{100 << 10, 500 << 10} {
+			o.Size = 400 << 10
+			var base blk.Node
+			if o.BackingFile != "" {
+				base = memoryOf(t, noise(bs))
+			}
+			disk := created(t, o)
+			n := qcow2.ReserveLittle(open(t, disk, qcow2.Options{Backing: base}))
+			want := noise(400 << 10)
+			must(t, writeTo(n, 0, want))
+			for _, sizes := range [][]int{{300<<10 + 512}, {101 << 10, 100 << 10, 30 << 10}, {512}} {
+				s := sizes[len(sizes)-1]
+				for _, to := range sizes {
+					must(t, n.Resize(blk.NewTask(), int64(to), true))
+				}
+				must(t, n.Resize(blk.NewTask(), 600<<10, false))
+				got := contents(t, n)
+				first := -1
+				for i := s; i < len(got); i++ {
+					if got[i] != 0 {
+						first = i
+						break
+					}
+				}
+				if !bytes.Equal(got[:s], want[:s]) || first >= 0 {
+					t.Errorf("%+v base %d to %d: nonzero at %d", o, bs, s, first)
+				}
+			}
+			must(t, n.Close())
+			if r := check(t, disk, qcow2.RepairNone); r.Errors+r.Leaks > 0 {
+				t.Errorf("%+v", r)
+			}
 		}
 	}
 }

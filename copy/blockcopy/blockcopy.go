@@ -45,8 +45,8 @@ type Setup struct {
 	// Commit records durably that the disk is on the target. The guest is paused meanwhile. After an error the disk
 	// stays on the source.
 	Commit func() error
-	// Hint tells the user what to do after the switch.
-	Hint string
+	// Hint tells the user what to do after the switch, Left before it what the target will not have. Left may be empty.
+	Hint, Left string
 }
 
 const (
@@ -369,6 +369,9 @@ func (c *copier) ready(ctx context.Context) error {
 				r.BytesTotal = r.BytesDone + c.left()
 				if r.Message = "both images are the same"; r.SwitchMode != "auto" {
 					r.Message += "; finish with: blkstream switch " + r.Disk
+				}
+				if c.Left != "" {
+					r.Message += "; " + c.Left
 				}
 			}
 		})

@@ -84,6 +84,9 @@ func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error)
 	if req.Existing && (req.ClusterSize != 0 || req.LazyRefcounts || req.Compression != "" || req.Preallocation != "") {
 		return fail("the properties of an existing target cannot be chosen")
 	}
+	if p := req.Preallocation; req.Compression != "" && p != "" && p != "off" {
+		return fail("preallocation %s of what is to be compressed: take one of the two", p)
+	}
 	if r.SwitchMode != "manual" && r.SwitchMode != "auto" {
 		return fail("switch mode %q: it is manual or auto", r.SwitchMode)
 	}
@@ -230,7 +233,7 @@ func (d *Daemon) startCopy(k *disk, r job.Record, blank, pack bool) (*job.Job, e
 		s.Pack, s.PackUnit = q.WriteCompressed, target.Chain[0].Header.ClusterSize()
 	}
 	if left := notCopied(source, int(s.Base)); left != "" {
-		r.Message = left
+		r.Message, s.Left = left, left
 		s.Hint += "; " + left
 		d.opts.Log.Warn(left, "disk", k.spec.ID)
 	}

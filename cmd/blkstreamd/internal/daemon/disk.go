@@ -210,7 +210,7 @@ func (k *disk) hold(on bool) error {
 // it; unlocked: without the locks that keep writers out.
 func (d *Daemon) openImage(path, format string, spec *config.Disk, g *blk.Graph, backing []config.Layer, unlocked bool) (*image.Image, error) {
 	o := d.imageOptions(spec, g)
-	o.Unlocked, o.Backing = unlocked, layers(backing)
+	o.Unlocked, o.Backing, o.Ahead = unlocked, layers(backing), true // it is the whole disk, or will be
 	var img *image.Image
 	err := d.patiently(func() (err error) {
 		img, err = image.Open(blk.NewTask(), path, format, o)
