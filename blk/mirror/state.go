@@ -96,9 +96,6 @@ func OpenState(words []atomic.Uint64, size, granularity int64) (*State, error) {
 	return s, nil
 }
 
-// Again makes the copy begin at its beginning.
-func (s *State) Again() { s.SetBulk(0) }
-
 // Bulk is up to where the bulk stage has come, in bytes. It may be past the disk.
 func (s *State) Bulk() int64 { return int64(s.words[wordBulk].Load()) }
 
