@@ -85,7 +85,7 @@ func OpenState(words []atomic.Uint64, size, granularity int64) (*State, error) {
 	if words[wordUnsure].Load() != 0 {
 		return nil, errUnsure
 	}
-	if b := s.Bulk(); b < 0 || b%granularity != 0 || b >= size+granularity {
+	if b := s.Bulk(); b < 0 || b >= size+granularity || b%granularity != 0 && b != size {
 		return nil, errBulk
 	}
 	// What was in flight did its work, or a part of it, or nothing.
@@ -125,7 +125,8 @@ func (s *State) End(epoch uint32) { s.flying[epoch].Add(-1) }
 func (s *State) note(off, n int64) { s.flight[s.epoch.Load()].Set(off, n) }
 
 // settleEvery bounds what is copied again after the process died: what was written and copied in about twice that time.
-const settleEvery = 500 * time.Millisecond
+// Tests are in more of a hurry.
+var settleEvery = 500 * time.Millisecond
 
 // Settle forgets from time to time what is not in flight any more, until ctx ends. barrier waits until all writes have
 // ended that began before on extents that TryMap gave (blk.Graph.Barrier).
