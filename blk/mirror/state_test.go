@@ -410,6 +410,59 @@ func (w *world) live(t *testing.T, seed uint64, s *mirror.State, rng *rand.Rand,
 	return next
 }
 
+// After an error of the target, or a flush that has not ended, the next process begins again; not after a full disk.
+func TestUnsure(t *testing.T) {
+	for _, c := range []struct {
+		rule   blktest.Rule
+		op     blk.Op
+		flags  blk.Flags
+		unsure bool
+	}{
+		{blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Err: syscall.EIO}, blk.OpWrite, 0, true},
+		{blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Err: syscall.ENOSPC}, blk.OpWrite, 0, false},
+		{blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Hold: true}, blk.OpWrite, 0, false},
+		{blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Hold: true}, blk.OpWrite, blk.FUA, true},
+		{blktest.Rule{Ops: []blk.Op{blk.OpFlush}, Hold: true}, blk.OpFlush, 0, true},
+		{blktest.Rule{Ops: []blk.Op{blk.OpFlush}, Err: syscall.EIO}, blk.OpFlush, 0, false}, // all is dirty
+	} {
+		words := make([]atomic.Uint64, mirror.StateWords(wSize, wGran))
+		source, target := blktest.NewMemory(wSize), blktest.NewFault(blktest.NewMemory(wSize))
+		n := mirror.New(source, mirror.NewState(words, wSize, wGran))
+		n.State.SetBulk(wSize)
+		n.To(target, func(error) {})
+		if err := n.Mirror(t.Context(), blk.NewGraph(n)); err != nil {
+			t.Fatal(err)
+		}
+		trap := target.Add(c.rule)
+		q := &blk.Request{Op: c.op}
+		if c.op == blk.OpWrite {
+			q = write(512, fill(512, 1))
+			q.Flags = c.flags
+		}
+		done := make(chan error, 1)
+		go func() { done <- blk.Do(blk.NewTask(), n, q) }()
+		if c.rule.Hold {
+			trap.Wait(t, 1)
+		} else if err := <-done; err != nil {
+			t.Errorf("%v: the guest is told of the target's error: %v", c, err)
+		}
+		next := make([]atomic.Uint64, len(words))
+		for i := range words {
+			next[i].Store(words[i].Load())
+		}
+		s, err := mirror.OpenState(next, wSize, wGran)
+		if errors.Is(err, mirror.ErrUnsure) != c.unsure {
+			t.Errorf("%v: %v", c, err)
+		} else if err == nil && !s.Dirty.Any(512, 1) || err == nil && c.op == blk.OpFlush && s.Left() < wSize {
+			t.Errorf("%v: %d bytes may differ", c, s.Left())
+		}
+		trap.Release()
+		if c.rule.Hold {
+			<-done
+		}
+	}
+}
+
 // What a state says that cannot be, or is unsure of, is not gone on from.
 func TestOpenState(t *testing.T) {
 	for word, bad := range map[int]uint64{0: wGran + 1, 1: 1} {

@@ -130,15 +130,15 @@ func (c *copier) insert(ctx context.Context) error {
 // remove takes the filter away, or at least the target from it; the guest stays on the source. If the copy was complete
 // the target is left as it was at that instant.
 func (c *copier) remove(ctx context.Context) error {
-	ctx = context.WithoutCancel(ctx)
+	stays := c.State != nil && job.Stopping(ctx)
 	var flushErr error
-	err := c.Graph.Change(ctx, func(tx *blk.Tx) error {
+	err := c.Graph.Change(context.WithoutCancel(ctx), func(tx *blk.Tx) error {
 		consistent := c.job.Record().TargetConsistent && c.filter.Mirroring() && c.filter.Dirty.Count() == 0
 		if consistent {
 			flushErr = c.filter.FlushTarget(blk.NewTask())
 			consistent = flushErr == nil
 		}
-		if c.State != nil && job.Stopping(ctx) {
+		if stays {
 			c.filter.To(nil, nil)
 			c.filter.State.Rest()
 		} else {

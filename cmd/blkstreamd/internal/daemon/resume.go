@@ -43,9 +43,10 @@ const (
 	maxCopyState = 256 << 20
 
 	stampEvery = 250 * time.Millisecond
-	// stampSlack is how much younger than the last stamp a file may be that the dead daemon wrote.
-	stampSlack = 3 * time.Second
 )
+
+// stampSlack is how much younger than the last stamp a file may be that the dead daemon wrote. Tests change it.
+var stampSlack = 3 * time.Second
 
 // copyRecord says what a copy's file is about.
 type copyRecord struct {
@@ -143,13 +144,16 @@ func (d *Daemon) findCopyState(r job.Record, now record, lock string) (_ *copySt
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, s.unmap())
+			err = errors.Join(err, s.unmap()) // s is no result then
 		}
 	}()
 	if s.words[wordKey].Load() != s.rec.Key {
 		return nil, errDamaged
 	}
-	return s, s.untouched(s.rec.Source)
+	if err := s.untouched(s.rec.Source); err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
 var errDamaged = errors.New("what is known of how far it was is damaged")
