@@ -116,7 +116,7 @@ func (c *copier) insert(ctx context.Context) error {
 			c.filter = mirror.New(tx.Root(), state)
 			tx.SetRoot(c.filter)
 		}
-		c.progress.done.Store(max(c.size-c.left(), 0))
+		c.progress.done.Store(min(c.filter.State.Bulk(), c.size))
 		c.filter.To(c.Target, func(err error) {
 			select {
 			case c.targetErr <- err:

@@ -407,7 +407,8 @@ func (d *Daemon) resumeJob(r job.Record) error {
 		return err
 	}
 	r.Message = "goes on where it was after a restart of the daemon"
-	r.BytesDone, r.BytesTotal = max(c.rec.Size-c.state.Left(), 0), c.rec.Size
+	r.BytesDone = min(c.state.Bulk(), c.rec.Size)
+	r.BytesTotal = r.BytesDone + c.state.Left()
 	_, err = d.startCopy(k, r, c.rec.Blank, c.rec.Pack)
 	return err
 }
