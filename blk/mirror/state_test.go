@@ -458,7 +458,9 @@ func TestUnsure(t *testing.T) {
 		}
 		trap.Release()
 		if c.rule.Hold {
-			<-done
+			if err := <-done; err != nil {
+				t.Errorf("%v: %v", c, err)
+			}
 		}
 	}
 }
