@@ -18,9 +18,26 @@ type Bitmap struct {
 
 // NewBitmap returns an empty bitmap for size bytes; granularity is a power of two.
 func NewBitmap(size, granularity int64) *Bitmap {
-	b := &Bitmap{shift: uint(bits.TrailingZeros64(uint64(granularity)))}
+	return BitmapOver(make([]atomic.Uint64, BitmapWords(size, granularity)), size, granularity)
+}
+
+// BitmapWords is how many words a bitmap takes.
+func BitmapWords(size, granularity int64) int64 {
+	return ((size+granularity-1)/granularity + 63) / 64
+}
+
+// BitmapOver returns the bitmap that lies in words, BitmapWords of them, with the bits that are set there.
+func BitmapOver(words []atomic.Uint64, size, granularity int64) *Bitmap {
+	b := &Bitmap{shift: uint(bits.TrailingZeros64(uint64(granularity))), words: words}
 	b.bits = (size + granularity - 1) >> b.shift
-	b.words = make([]atomic.Uint64, (b.bits+63)/64)
+	if rest := b.bits % 64; rest != 0 && words[b.bits/64].Load()>>uint(rest) != 0 {
+		words[b.bits/64].And(1<<uint(rest) - 1)
+	}
+	n := 0
+	for i := range words {
+		n += bits.OnesCount64(words[i].Load())
+	}
+	b.set.Store(int64(n))
 	return b
 }
 
@@ -50,7 +67,7 @@ func (b *Bitmap) change(first, last int64, set bool) {
 				old = w.Or(mask)
 				b.set.Add(int64(bits.OnesCount64(mask &^ old)))
 			}
-		} else {
+		} else if w.Load()&mask != 0 { // memory that a file is mapped to is not to be written for nothing
 			old := w.And(^mask)
 			b.set.Add(-int64(bits.OnesCount64(mask & old)))
 		}

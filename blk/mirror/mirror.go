@@ -6,11 +6,13 @@
 //
 // What the copier and the filter promise each other: the copier holds Lock over a range from before it clears the
 // range's dirty bits until its copy is on the target; the filter holds Lock over each mirrored write; a logged
-// write marks its bits when it has ended. So a copied block never lands on a newer one.
+// write marks its bits when it has ended. So a copied block never lands on a newer one. What they promise whoever comes
+// after the process has died stands at State.
 package mirror
 
 import (
 	"context"
+	"errors"
 	"sync/atomic"
 
 	"github.com/blkstream/blkstream/blk"
@@ -18,6 +20,8 @@ import (
 
 // maxPiece bounds the private copy of one mirrored write, in bytes.
 const maxPiece = 1 << 20
+
+var errUnfinished = errors.New("a flush did not finish")
 
 // Node is the filter.
 type Node struct {
@@ -27,20 +31,25 @@ type Node struct {
 	failed  func(error)
 	mirrors atomic.Bool // each write goes to both; else it is logged
 
-	// Dirty has a bit for each block in which source and target may differ, not counting what the copier's bulk
-	// stage has not come to.
-	Dirty *blk.Bitmap
+	State *State
+	Dirty *blk.Bitmap // the state's
 	// Lock is held over a range by whoever writes it to the target.
 	Lock blk.RangeLock
 }
 
-// New returns the filter, logging. failed is told, perhaps many times and from a queue's thread, that the target
-// could not take a mirrored write or flush; by then the filter logs again.
-func New(source, target blk.Node, granularity int64, failed func(error)) *Node {
-	n := &Node{source: source, target: target, failed: failed, info: *source.Info()}
+// New returns the filter, logging.
+func New(source blk.Node, s *State) *Node {
+	n := &Node{source: source, info: *source.Info(), State: s, Dirty: s.Dirty}
 	n.info.Kind = "mirror"
-	n.Dirty = blk.NewBitmap(n.info.Size, granularity)
 	return n
+}
+
+// To says where the copy goes, before the first Mirror; nil: nowhere any more, writes are only logged from now on.
+// Nothing is in flight. failed is told, perhaps many times and from a queue's thread, that the target could not take a
+// mirrored write or flush; by then the filter logs again.
+func (n *Node) To(target blk.Node, failed func(error)) {
+	n.mirrors.Store(false)
+	n.target, n.failed = target, failed
 }
 
 // Source is the image that the guest is on.
@@ -65,7 +74,12 @@ func (n *Node) Mirror(ctx context.Context, g *blk.Graph) error {
 func (n *Node) Info() *blk.Info { return &n.info }
 
 // Children implements blk.Node.
-func (n *Node) Children() []blk.Node { return []blk.Node{n.source, n.target} }
+func (n *Node) Children() []blk.Node {
+	if n.target == nil {
+		return []blk.Node{n.source}
+	}
+	return []blk.Node{n.source, n.target}
+}
 
 // TryMap implements blk.Node. Reads, and writes that are only logged, go straight to the source.
 func (n *Node) TryMap(op blk.Op, off, l int64) (blk.Extent, bool) {
@@ -82,11 +96,12 @@ func (n *Node) TryMap(op blk.Op, off, l int64) (blk.Extent, bool) {
 			return blk.Extent{}, false
 		}
 		e, ok := n.source.TryMap(op, off, l)
-		if e.Log != nil {
+		if !ok || e.Log != nil {
 			return blk.Extent{}, false // a log of the source's own: Do marks both
 		}
+		n.State.note(off, min(l, e.Len))
 		e.Log = n.Dirty
-		return e, ok
+		return e, true
 	default:
 		return blk.Extent{}, false
 	}
@@ -103,6 +118,7 @@ func (n *Node) Do(t *blk.Task, r *blk.Request) error {
 	case blk.OpFlush:
 		return n.flush(t, r)
 	case blk.OpWrite, blk.OpWriteZeroes, blk.OpDiscard:
+		defer n.State.End(n.State.Begin(r.Off, r.Len))
 		if !n.mirrors.Load() {
 			err := blk.Do(t, n.source, r)
 			// Marked after the write, whatever came of it, and before it is acknowledged.
@@ -152,12 +168,19 @@ func (n *Node) both(t *blk.Task, toSource, toTarget blk.Request) error {
 	defer n.Lock.Unlock(held)
 	errSource, errTarget := t.Par(
 		func(t *blk.Task) error { return blk.Do(t, n.source, &toSource) },
-		func(t *blk.Task) error { return blk.Do(t, n.target, &toTarget) },
+		func(t *blk.Task) error {
+			write := func() error { return blk.Do(t, n.target, &toTarget) }
+			if toTarget.Flags&blk.FUA != 0 {
+				return n.syncing(write)
+			}
+			return write()
+		},
 	)
 	if errSource != nil || errTarget != nil {
 		n.Dirty.Set(toSource.Off, toSource.Len)
 	}
 	if errTarget != nil {
+		n.State.Doubt(errTarget)
 		n.fallBack(errTarget)
 	}
 	return errSource // a target's error never fails a guest's write
@@ -168,23 +191,36 @@ func (n *Node) flush(t *blk.Task, r *blk.Request) error {
 	if !n.mirrors.Load() {
 		return blk.Do(t, n.source, r)
 	}
-	toTarget := *r
 	errSource, errTarget := t.Par(
 		func(t *blk.Task) error { return blk.Do(t, n.source, r) },
-		func(t *blk.Task) error { return blk.Do(t, n.target, &toTarget) },
+		n.FlushTarget,
 	)
 	if errTarget != nil {
-		// The host may have dropped anything that was written since the last good flush.
-		n.Distrust()
 		n.failed(errTarget)
 	}
 	return errSource
 }
 
-// Distrust marks every block and returns to logging: nothing on the target can be relied on.
-func (n *Node) Distrust() {
-	n.mirrors.Store(false)
-	n.Dirty.Set(0, n.info.Size)
+// FlushTarget makes the target durable. If that fails every block is marked, and the filter logs again.
+func (n *Node) FlushTarget(t *blk.Task) error {
+	return n.syncing(func() error { return blk.Do(t, n.target, &blk.Request{Op: blk.OpFlush}) })
+}
+
+// syncing carries out what makes something on the target durable. If that fails the host may have dropped anything that
+// was written since the last good flush, and if we do not live to see the result nobody will ever learn it.
+func (n *Node) syncing(do func() error) error {
+	unsure := &n.State.words[wordUnsure]
+	unsure.Add(1)
+	err := error(errUnfinished)
+	defer func() {
+		if err != nil {
+			n.mirrors.Store(false)
+			n.Dirty.Set(0, n.info.Size)
+		}
+		unsure.Add(^uint64(0))
+	}()
+	err = do()
+	return err
 }
 
 // fallBack returns to logging. Writes that still see the old mode mirror, or mark their bits when that fails.
@@ -194,10 +230,9 @@ func (n *Node) fallBack(err error) {
 }
 
 // Close implements blk.Node: it closes both images.
-func (n *Node) Close() error {
-	errSource, errTarget := n.source.Close(), n.target.Close()
-	if errSource != nil {
-		return errSource
+func (n *Node) Close() (err error) {
+	for _, c := range n.Children() {
+		err = errors.Join(err, c.Close())
 	}
-	return errTarget
+	return err
 }

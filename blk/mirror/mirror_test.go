@@ -35,10 +35,16 @@ type rig struct {
 	failures       atomic.Int64
 }
 
+func newNode(source, target blk.Node, gran int64, failed func(error)) *mirror.Node {
+	n := mirror.New(source, mirror.NewState(nil, source.Info().Size, gran))
+	n.To(target, failed)
+	return n
+}
+
 func newRig(t *testing.T) *rig {
 	r := &rig{T: t, mem: [2]*blktest.Memory{blktest.NewMemory(size), blktest.NewMemory(size + 8192)}}
 	r.source, r.target = blktest.NewFault(r.mem[0]), blktest.NewFault(r.mem[1])
-	r.n = mirror.New(r.source, r.target, gran, func(error) { r.failures.Add(1) })
+	r.n = newNode(r.source, r.target, gran, func(error) { r.failures.Add(1) })
 	r.g = blk.NewGraph(r.n)
 	return r
 }
@@ -152,7 +158,7 @@ func (e *extents) TryMap(_ blk.Op, off, l int64) (blk.Extent, bool) {
 
 func TestTryMap(t *testing.T) {
 	source := &extents{Memory: blktest.NewMemory(size)}
-	n := mirror.New(source, blktest.NewMemory(size), gran, func(error) {})
+	n := newNode(source, blktest.NewMemory(size), gran, func(error) {})
 	e, ok := n.TryMap(blk.OpWrite, gran, gran)
 	if !ok || e.Log != n.Dirty || e.Host != &source.host || e.HostOff != gran {
 		t.Errorf("a logged write: %+v %v", e, ok)
@@ -239,7 +245,7 @@ func TestPrivateCopy(t *testing.T) {
 	for _, held := range []string{"source", "target"} {
 		mem := [2]*blktest.Memory{blktest.NewMemory(big), blktest.NewMemory(big)}
 		f := [2]*blktest.Fault{blktest.NewFault(mem[0]), blktest.NewFault(mem[1])}
-		n := mirror.New(f[0], f[1], gran, func(error) {})
+		n := newNode(f[0], f[1], gran, func(error) {})
 		if err := n.Mirror(context.Background(), blk.NewGraph(n)); err != nil {
 			t.Fatal(err)
 		}
@@ -442,7 +448,7 @@ func (c *closer) Close() error { c.closed++; return syscall.EIO }
 
 func TestClose(t *testing.T) {
 	a, b := &closer{Memory: blktest.NewMemory(size)}, &closer{Memory: blktest.NewMemory(size)}
-	n := mirror.New(a, b, gran, func(error) {})
+	n := newNode(a, b, gran, func(error) {})
 	if err := n.Close(); !errors.Is(err, syscall.EIO) || a.closed != 1 || b.closed != 1 {
 		t.Errorf("close: %v, closed %d and %d times", err, a.closed, b.closed)
 	}
@@ -454,7 +460,7 @@ func TestConformance(t *testing.T) {
 		name := map[bool]string{false: "Logged", true: "Mirrored"}[mirrored]
 		t.Run(name, func(t *testing.T) {
 			blktest.Run(t, func(t *testing.T, size int64) blk.Node {
-				n := mirror.New(blktest.NewMemory(size), blktest.NewMemory(size), 64<<10, func(err error) { t.Error(err) })
+				n := newNode(blktest.NewMemory(size), blktest.NewMemory(size), 64<<10, func(err error) { t.Error(err) })
 				if mirrored {
 					if err := n.Mirror(context.Background(), blk.NewGraph(n)); err != nil {
 						t.Fatal(err)

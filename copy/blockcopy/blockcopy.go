@@ -31,11 +31,16 @@ const DefaultGranularity = 64 << 10
 
 // Setup is what a copy works on.
 type Setup struct {
-	Graph  *blk.Graph // its root is the source
+	Graph  *blk.Graph // its root is the source, or the filter over it, from which the copy goes on
 	Target blk.Node   // at least as large; the job owns it
+	// State is to outlive the process, so that the next one goes on: while the daemon stops, the filter stays and logs
+	// what the guest writes until it is gone. nil: it is not.
+	State *mirror.State
 	// Release closes the source after the switch, or else the target, with all that belongs to it. nil: its Close.
 	Release func(blk.Node) error
-	Blank   bool // the target holds nothing of its own: it reads as the base, or as zeros if there is none
+	// Blank: what the bulk stage has not come to of the target holds nothing of its own: it reads as the base, or as zeros
+	// if there is none.
+	Blank bool
 	// Base is the shared base: what lies at least this many images behind the source's first one is left out, for the
 	// target reads the same there, unless it holds something of its own. 0: there is none.
 	Base uint16
@@ -76,11 +81,15 @@ type copier struct {
 func Run(ctx context.Context, j *job.Job, s Setup) error {
 	c := &copier{Setup: s, job: j, opts: j.Record().Options, targetErr: make(chan error, 1), pacer: job.NewPacer(s.Graph)}
 	if err := c.insert(ctx); err != nil {
+		if c.filter != nil {
+			return errors.Join(err, c.remove(ctx))
+		}
 		return errors.Join(err, c.release(s.Target))
 	}
 	watch, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { c.report(watch) })
+	wg.Go(func() { c.filter.State.Settle(watch, c.Graph.Barrier) })
 	err := c.stages(ctx)
 	stop()
 	wg.Wait()
@@ -93,33 +102,47 @@ func Run(ctx context.Context, j *job.Job, s Setup) error {
 // insert puts the filter over the source, with every queue at rest: each write from then on is logged.
 func (c *copier) insert(ctx context.Context) error {
 	return c.Graph.Change(ctx, func(tx *blk.Tx) error {
-		source := tx.Root()
-		c.size = source.Info().Size
+		var there bool
+		c.filter, there = tx.Root().(*mirror.Node)
+		c.size = tx.Root().Info().Size
 		if t := c.Target.Info().Size; t < c.size {
 			return fmt.Errorf("%s has %d bytes, the disk has %d: make the target larger", c.Target.Info().Name, t, c.size)
 		}
-		c.filter = mirror.New(source, c.Target, c.opts.Granularity, func(err error) {
+		if !there {
+			state := c.State
+			if state == nil {
+				state = mirror.NewState(nil, c.size, c.opts.Granularity)
+			}
+			c.filter = mirror.New(tx.Root(), state)
+			tx.SetRoot(c.filter)
+		}
+		c.progress.done.Store(min(c.filter.State.Bulk(), c.size))
+		c.filter.To(c.Target, func(err error) {
 			select {
 			case c.targetErr <- err:
 			default: // one is enough
 			}
 		})
-		tx.SetRoot(c.filter)
 		return nil
 	})
 }
 
-// remove takes the filter away; the guest stays on the source. If the copy was complete the target is left as it
-// was at that instant.
+// remove takes the filter away, or at least the target from it; the guest stays on the source. If the copy was complete
+// the target is left as it was at that instant.
 func (c *copier) remove(ctx context.Context) error {
-	ctx = context.WithoutCancel(ctx)
+	stays := c.State != nil && job.Stopping(ctx)
 	var flushErr error
-	err := c.Graph.Change(ctx, func(tx *blk.Tx) error {
-		tx.SetRoot(c.filter.Source())
+	err := c.Graph.Change(context.WithoutCancel(ctx), func(tx *blk.Tx) error {
 		consistent := c.job.Record().TargetConsistent && c.filter.Mirroring() && c.filter.Dirty.Count() == 0
 		if consistent {
-			flushErr = blk.Do(blk.NewTask(), c.Target, &blk.Request{Op: blk.OpFlush})
+			flushErr = c.filter.FlushTarget(blk.NewTask())
 			consistent = flushErr == nil
+		}
+		if stays {
+			c.filter.To(nil, nil)
+			c.filter.State.Rest()
+		} else {
+			tx.SetRoot(c.filter.Source())
 		}
 		c.job.Update(func(r *job.Record) {
 			r.TargetConsistent = consistent
@@ -209,7 +232,9 @@ func (c *copier) bulk(ctx context.Context) error {
 		at, end int64 // from at to end the source is of one kind
 		k       kind
 		blank   = c.Blank && c.Base == 0
+		state   = c.filter.State
 	)
+	at = state.Bulk()
 	return c.copyAll(ctx, func(limit int64) (piece, error) {
 		for at < c.size {
 			if at >= end {
@@ -223,7 +248,7 @@ func (c *copier) bulk(ctx context.Context) error {
 			case k == kindShared || k == kindHole && blank:
 				// The dirty bits stay: what is written here from now on is copied in the dirty stage.
 				at = end
-				c.progress.bulk.Add(at - from)
+				state.SetBulk(at)
 				c.progress.done.Add(at - from)
 				continue
 			case k == kindHole:
@@ -231,6 +256,8 @@ func (c *copier) bulk(ctx context.Context) error {
 			default:
 				at += min(end-at, limit)
 			}
+			c.filter.Dirty.Set(from, at-from) // until it is copied
+			state.SetBulk(at)
 			return piece{off: from, n: at - from, bulk: true, blank: blank}, nil
 		}
 		return piece{}, job.ErrDone
@@ -424,9 +451,14 @@ func (c *copier) notReady(err error) error {
 func (c *copier) switchOver(ctx context.Context) error {
 	c.job.Update(func(r *job.Record) { r.Stage = job.StageSwitch })
 	t := blk.NewTask()
-	flush := func() error { return blk.Do(t, c.Target, &blk.Request{Op: blk.OpFlush}) }
+	flush := func() error {
+		if err := c.filter.FlushTarget(t); err != nil {
+			return &targetLost{err}
+		}
+		return nil
+	}
 	if err := job.FlushUntilShort(ctx, flush); err != nil {
-		return c.flushFailed(err)
+		return err
 	}
 	wait, cancel := context.WithTimeout(ctx, switchWait)
 	defer cancel()
@@ -439,7 +471,7 @@ func (c *copier) switchOver(ctx context.Context) error {
 			return errBehind
 		}
 		if err := flush(); err != nil {
-			return c.flushFailed(err)
+			return err
 		}
 		if ctx.Err() != nil { // cancelled while the guest was brought to rest
 			return context.Cause(ctx)
@@ -461,12 +493,6 @@ func (c *copier) switchOver(ctx context.Context) error {
 		})
 	}
 	return nil
-}
-
-// flushFailed: the host may have dropped any byte of the target since the last good flush, so all is copied again.
-func (c *copier) flushFailed(err error) error {
-	c.filter.Distrust()
-	return &targetLost{err}
 }
 
 // verify reads both images and compares them, under mirrored writes.

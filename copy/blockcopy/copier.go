@@ -58,6 +58,8 @@ func (c *copier) pieceFailed(ctx context.Context, err error) error {
 	var src *sourceError
 	if errors.As(err, &src) {
 		policy = c.opts.OnSourceError
+	} else {
+		c.filter.State.Doubt(err)
 	}
 	return c.onError(ctx, policy, err)
 }
@@ -68,13 +70,14 @@ func (c *copier) copyPiece(t *blk.Task, p piece) (err error) {
 	held := c.filter.Lock.Lock(t, p.off, p.n)
 	defer c.filter.Lock.Unlock(held)
 	end := min(p.off+p.n, c.size)
-	c.progress.begin(p.bulk, end-p.off)
+	defer c.filter.State.End(c.filter.State.Begin(p.off, p.n))
+	c.progress.begin(end - p.off)
 	c.filter.Dirty.Clear(p.off, p.n)
 	defer func() {
 		if err != nil {
 			c.filter.Dirty.Set(p.off, p.n)
 		}
-		c.progress.end(p.bulk, end-p.off, err == nil)
+		c.progress.end(end-p.off, err == nil)
 	}()
 	for off := p.off; off < end; {
 		e, err := c.filter.Source().Map(t, off, end-off)
@@ -206,28 +209,19 @@ func (c *copier) compare(t *blk.Task, p piece) (err error) {
 	return nil
 }
 
-// progress counts bytes. Each block is copied once by the bulk stage; dirty blocks come on top.
+// progress counts bytes.
 type progress struct {
-	bulk  atomic.Int64 // copied, tried or skipped by the bulk stage
-	again atomic.Int64 // being copied after the bulk stage, so that their bits are clear
-	done  atomic.Int64 // copied or skipped, repeats included
+	now  atomic.Int64 // being copied, so that their bits are clear
+	done atomic.Int64 // copied or skipped, repeats included
 }
 
-func (p *progress) begin(bulk bool, n int64) {
-	if !bulk {
-		p.again.Add(n)
-	}
-}
+func (p *progress) begin(n int64) { p.now.Add(n) }
 
-func (p *progress) end(bulk bool, n int64, ok bool) {
+func (p *progress) end(n int64, ok bool) {
 	if ok {
 		p.done.Add(n)
 	}
-	if bulk {
-		p.bulk.Add(n)
-	} else {
-		p.again.Add(-n)
-	}
+	p.now.Add(-n)
 }
 
 // report writes the progress into the job's record, a few times a second.
@@ -276,7 +270,7 @@ func (c *copier) report(ctx context.Context) {
 
 // left is what is still to be copied, in bytes.
 func (c *copier) left() int64 {
-	return c.size - c.progress.bulk.Load() + c.progress.again.Load() + c.filter.Dirty.Bytes()
+	return c.filter.State.Left() + c.progress.now.Load()
 }
 
 func smooth(mean *float64, v float64) {

@@ -128,6 +128,9 @@ var errCancelled = errors.New("cancelled")
 // errShutdown is the cause of a context that ends because the daemon does: the job's record stays as it is.
 var errShutdown = errors.New("the daemon stops")
 
+// Stopping reports whether a job's context has ended because the daemon stops.
+func Stopping(ctx context.Context) bool { return errors.Is(context.Cause(ctx), errShutdown) }
+
 // Job is one job. Users command it, its runner asks what they want.
 type Job struct {
 	store   *Store

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -98,7 +99,7 @@ func (m *Manager) Start(r Record, run func(ctx context.Context, j *Job) error) (
 		}
 	}
 	if r.State == StatePaused {
-		r.Message = resumeHint(r.ID)
+		r.Message = strings.TrimPrefix(r.Message+"; "+resumeHint(r.ID), "; ")
 	} else {
 		r.State = StateRunning
 	}

@@ -132,7 +132,7 @@ func TestCopySurvivesKill(t *testing.T) {
 		must(t, d.Start())
 		job, err := d.Job("j")
 		must(t, err)
-		if job.State != "running" {
+		if job.State != "running" || !strings.Contains(job.Message, "goes on where it was") || job.BytesDone < 64*mib/share {
 			t.Fatalf("after a crash in the bulk stage: %+v", job)
 		}
 		progress(t, g, 0, 100)

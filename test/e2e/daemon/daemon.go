@@ -225,6 +225,7 @@ type JobInfo struct {
 	Stage            string `json:"stage"`
 	Error            string `json:"error"`
 	TargetConsistent bool   `json:"target_consistent"`
+	Message          string `json:"message"`
 	BytesDone        int64  `json:"bytes_done"`
 	BytesTotal       int64  `json:"bytes_total"`
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/image"
+	"github.com/blkstream/blkstream/blk/mirror"
 	"github.com/blkstream/blkstream/blk/qcow2"
 	"github.com/blkstream/blkstream/config"
 	"github.com/blkstream/blkstream/copy/backup"
@@ -233,7 +234,7 @@ func (d *Daemon) startCopy(k *disk, r job.Record, blank, pack bool) (*job.Job, e
 		s.Pack, s.PackUnit = q.WriteCompressed, target.Chain[0].Header.ClusterSize()
 	}
 	if left := notCopied(source, int(s.Base)); left != "" {
-		r.Message, s.Left = left, left
+		r.Message, s.Left = strings.TrimPrefix(r.Message+"; "+left, "; "), left
 		s.Hint += "; " + left
 		d.opts.Log.Warn(left, "disk", k.spec.ID)
 	}
@@ -252,7 +253,11 @@ func (d *Daemon) startCopy(k *disk, r job.Record, blank, pack bool) (*job.Job, e
 	size := source.Root.Info().Size
 	j, err := d.jobs.Start(r, func(ctx context.Context, j *job.Job) error {
 		defer k.hold(false) //nolint:errcheck // what is locked too long harms nobody
-		err := k.pauseCopyOnRead(ctx, func() error { return blockcopy.Run(ctx, j, s) })
+		begin := func() (*copyState, error) { return d.newCopyState(j.Record(), source, target, blank, pack) }
+		err := k.outlive(ctx, j, begin, func(state *mirror.State) error {
+			s.State = state
+			return k.pauseCopyOnRead(ctx, func() error { return blockcopy.Run(ctx, j, s) })
+		})
 		if now := target.Root.Info().Size; err == nil && now != size {
 			k.dev.SetSize(now)
 			k.server.ConfigChanged()
@@ -343,8 +348,8 @@ func (d *Daemon) logEnd(j *job.Job, err error) {
 }
 
 // resumeJobs deals with the jobs that an earlier daemon did not finish. Which image a disk is on has been decided
-// by its record: a copy whose switch was recorded is complete. Any other one is started again from the beginning:
-// without its dirty bitmap nothing on the target can be relied on.
+// by its record: a copy whose switch was recorded is complete. Any other one goes on where it was, or is started again
+// from the beginning (resume.go).
 func (d *Daemon) resumeJobs(open []job.Record) {
 	for _, r := range open {
 		err := d.resumeJob(r)
@@ -361,6 +366,11 @@ func (d *Daemon) resumeJobs(open []job.Record) {
 		}
 		if r.Kind == kindBackup {
 			r.Message = backup.Incomplete(&r)
+		}
+		if k, ferr := d.find(r.Disk); ferr == nil && r.Kind == kindCopy {
+			if derr := k.dropCopyState(r.ID); derr != nil {
+				d.opts.Log.Warn("a copy leaves something behind", "job", r.ID, "err", derr)
+			}
 		}
 		if err := d.jobs.End(r); err != nil {
 			d.opts.Log.Error("the journal cannot be written", "err", err)
@@ -391,8 +401,22 @@ func (d *Daemon) resumeJob(r job.Record) error {
 		return err
 	}
 	r.Source, r.TargetConsistent, r.Stage, r.Error = k.record().Image, false, "", ""
-	r.Message = "started again from the beginning after a restart of the daemon"
 	r.BytesDone, r.BytesTotal, r.VerifiedBytes = 0, 0, 0
-	_, err = d.startCopy(k, r, false, false)
+	c, why := k.copying, k.notGoing
+	if c != nil {
+		if why = c.untouched(c.rec.Target); why != nil {
+			c.again()
+		}
+	}
+	if why != nil {
+		r.Message = fmt.Sprintf("started again from the beginning after a restart of the daemon: %v", why)
+		d.opts.Log.Warn("a copy of the last run begins again", "job", r.ID, "disk", r.Disk, "reason", why)
+		_, err = d.startCopy(k, r, false, false)
+		return err
+	}
+	r.Message = "goes on where it was after a restart of the daemon"
+	r.BytesDone = min(c.state.Bulk(), c.rec.Size)
+	r.BytesTotal = r.BytesDone + c.state.Left()
+	_, err = d.startCopy(k, r, c.rec.Blank, c.rec.Pack)
 	return err
 }

@@ -41,6 +41,8 @@ type Daemon struct {
 	jobs  *job.Manager // likewise
 	lock  *os.File     // of the state directory
 
+	unfinished []job.Record // jobs of an earlier daemon, while this one starts
+
 	starting atomic.Bool // images may still be locked by a daemon that was killed
 
 	rpc *ttrpc.Server
@@ -97,8 +99,7 @@ func Start(file *config.File, o Options) (d *Daemon, err error) {
 	if err := d.lockState(); err != nil {
 		return d, err
 	}
-	var open []job.Record
-	if d.jobs, open, err = job.NewManager(d.store); err != nil {
+	if d.jobs, d.unfinished, err = job.NewManager(d.store); err != nil {
 		return d, err
 	}
 	if err := d.finishSnapshots(); err != nil {
@@ -112,7 +113,9 @@ func Start(file *config.File, o Options) (d *Daemon, err error) {
 	if err := d.startAdded(); err != nil {
 		return d, err
 	}
-	d.resumeJobs(open)
+	d.resumeJobs(d.unfinished)
+	d.unfinished = nil
+	d.sweepCopies()
 	return d, d.startControl()
 }
 

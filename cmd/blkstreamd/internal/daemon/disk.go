@@ -71,6 +71,9 @@ type disk struct {
 	notCopied *copyErrors // of copy on read
 	bitmaps   *bitmaps
 
+	copying  *copyState // of the block copy that runs; nil: it will not go on after the daemon's end
+	notGoing error      // why that of an earlier daemon does not
+
 	mu  sync.Mutex
 	rec record
 	img *image.Image // what the guest is on
@@ -279,6 +282,10 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 	k.bitmaps, k.drained = &bitmaps{k: k}, sync.OnceValue(k.drain)
 	backing := k.backing()
 	unlocked := spec.Lock == lockRunning && r.Format == image.Raw // hold locks no other
+	unfinished, resumes := k.unfinished()
+	if resumes {
+		k.copying, k.notGoing = d.findCopyState(unfinished, r, spec.Lock)
+	}
 	img, err := d.openImage(r.Image, r.Format, &spec, k.graph, backing, unlocked)
 	if err != nil {
 		return nil, err
@@ -289,7 +296,13 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 			r.Image, size, spec.BlockSize), img.Close())
 	}
 	k.img = img
-	if err := k.graph.Change(context.Background(), func(tx *blk.Tx) error { tx.SetRoot(k.over(img)); return nil }); err != nil {
+	root := k.over(img)
+	if k.copying != nil {
+		if root, err = k.copying.open(unfinished, img); err != nil {
+			root, k.copying, k.notGoing = k.over(img), nil, err
+		}
+	}
+	if err := k.graph.Change(context.Background(), func(tx *blk.Tx) error { tx.SetRoot(root); return nil }); err != nil {
 		return nil, errors.Join(err, img.Close())
 	}
 	if err := k.bitmaps.load(); err != nil {
@@ -415,11 +428,18 @@ func (k *disk) drain() error {
 	if !root.Info().ReadOnly {
 		err = errors.Join(err, blk.Do(blk.NewTask(), root, &blk.Request{Op: blk.OpFlush}))
 	}
+	if f := k.logged(); f != nil && k.copying != nil {
+		root = f.Source() // the next daemon puts it there again
+	}
 	if withoutCopyOnRead(root) != k.image().Root {
 		return errors.Join(err, fmt.Errorf("disk %q: a job's filter could not be removed, its images stay open", k.spec.ID))
 	}
 	files := k.bitmaps.files()
 	err = errors.Join(err, k.bitmaps.sync(), k.closeImage())
+	if k.copying != nil {
+		k.copying.stamp() // after the last change of the image's files
+		err = errors.Join(err, k.copying.unmap())
+	}
 	return errors.Join(err, k.bitmaps.stopped(files))
 }
 

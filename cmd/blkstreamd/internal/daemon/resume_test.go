@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/image"
+	"github.com/blkstream/blkstream/blk/mirror"
+	"github.com/blkstream/blkstream/blk/qcow2"
+	"github.com/blkstream/blkstream/copy/blockcopy"
+	"github.com/blkstream/blkstream/copy/control"
+	"github.com/blkstream/blkstream/copy/job"
+)
+
+const copyBlock = blockcopy.DefaultGranularity
+
+// full makes an image without zeros, which can be compressed.
+func (b *bed) full(name string) string {
+	b.Helper()
+	text := bytes.Repeat([]byte{1}, diskSize)
+	for i := 0; i < len(text); i += 4096 {
+		binary.LittleEndian.PutUint64(text[i:], rand.Uint64())
+	}
+	b.must(os.WriteFile(b.path(name), text, 0o600))
+	return b.path(name)
+}
+
+func (b *bed) slack(d time.Duration) {
+	old := stampSlack
+	stampSlack = d
+	b.Cleanup(func() { stampSlack = old })
+}
+
+const bitsFile = "state/copies/j.bits"
+
+// copied are the blocks that a dead daemon's copy has done.
+func (b *bed) copied() (all []int64) {
+	b.Helper()
+	text, err := os.ReadFile(b.path(bitsFile))
+	b.must(err)
+	mem := make([]byte, len(text)+8)
+	words := wordsOf(mem)[:len(text)/8]
+	for i := range words {
+		words[i].Store(binary.LittleEndian.Uint64(text[8*i:]))
+	}
+	s, err := mirror.OpenState(words[stampWords:], diskSize, copyBlock)
+	b.must(err)
+	for off := int64(0); off < min(s.Bulk(), diskSize); off += copyBlock {
+		if !s.Dirty.Any(off, 1) {
+			all = append(all, off)
+		}
+	}
+	return all
+}
+
+// spoil writes into blocks of the target, so that one can see which of them are copied again.
+func (b *bed) spoil(path, format string, blocks []int64) {
+	b.Helper()
+	t := blk.NewTask()
+	img, err := image.Open(t, path, format, image.Options{})
+	b.must(err)
+	for _, off := range blocks {
+		b.must(blk.Do(t, img.Root, &blk.Request{Op: blk.OpWrite, Off: off, Len: 512, Data: blk.BytesVec(nil, bytes.Repeat([]byte{0xee}, 512))}))
+	}
+	b.must(img.Close())
+}
+
+// differ are the blocks in which two images differ.
+func (b *bed) differ(source, sourceFormat, target, targetFormat string) (all []int64) {
+	b.Helper()
+	read := func(path, format string) []byte {
+		t := blk.NewTask()
+		img, err := image.Open(t, path, format, image.Options{ReadOnly: true})
+		b.must(err)
+		defer img.Close()
+		text := make([]byte, diskSize)
+		b.must(blk.Do(t, img.Root, &blk.Request{Op: blk.OpRead, Len: diskSize, Data: blk.BytesVec(nil, text)}))
+		return text
+	}
+	s, d := read(source, sourceFormat), read(target, targetFormat)
+	for off := int64(0); off < diskSize; off += copyBlock {
+		if !bytes.Equal(s[off:off+copyBlock], d[off:off+copyBlock]) {
+			all = append(all, off)
+		}
+	}
+	return all
+}
+
+// die ends the daemon and leaves of its copy what there would be had it been killed.
+func (b *bed) die(d *Daemon) {
+	b.Helper()
+	kept, err := os.ReadFile(b.path(bitsFile))
+	b.must(err)
+	b.stop(d)
+	b.must(os.WriteFile(b.path(bitsFile), kept, 0o600))
+}
+
+// resumeAndSwitch brings a copy to its end.
+func (b *bed) resumeAndSwitch(c *control.Client) {
+	b.Helper()
+	_, err := c.JobSpeed(b.Context(), &control.JobSpeedRequest{Id: "j"})
+	b.must(err)
+	if b.job(c).State == job.StatePaused {
+		_, err = c.JobResume(b.Context(), &control.JobResumeRequest{Id: "j"})
+		b.must(err)
+	}
+	b.wait(c, "j", job.StateReady)
+	_, err = c.Switch(b.Context(), &control.SwitchRequest{Target: "j"})
+	b.must(err)
+	if left, err := filepath.Glob(b.path("state/copies/*")); err != nil || len(left) > 0 {
+		b.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+func (b *bed) job(c *control.Client) *control.Job {
+	b.Helper()
+	j, err := c.JobShow(b.Context(), &control.JobShowRequest{Id: "j"})
+	b.must(err)
+	return j
+}
+
+// What has been copied when the daemon ends, whatever the target, is not copied again, and what the guest writes
+// before and after is not missed.
+func TestCopyGoesOn(t *testing.T) {
+	for _, c := range []struct {
+		name, source, target string
+		dies                 bool
+		req                  *control.CopyRequest
+	}{
+		{name: "raw stops", source: image.Raw, target: image.Raw, req: &control.CopyRequest{}},
+		{name: "raw dies", source: image.Raw, target: image.Raw, dies: true, req: &control.CopyRequest{}},
+		{name: "qcow2 dies", source: image.Raw, target: image.Qcow2, dies: true, req: &control.CopyRequest{Compression: "zstd"}},
+		{name: "existing dies", source: image.Qcow2, target: image.Qcow2, dies: true, req: &control.CopyRequest{Existing: true, Verify: true}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := newBed(t)
+			b.slack(time.Hour)
+			source, target := b.full("source"), b.path("target")
+			if c.source == image.Qcow2 {
+				b.must(os.Rename(source, b.path("base")))
+				b.must(image.Create(t.Context(), source, image.CreateOptions{Format: image.Qcow2, CreateOptions: qcow2.CreateOptions{
+					Size: diskSize, BackingFile: b.path("base"), BackingFormat: image.Raw,
+				}}))
+			}
+			if c.req.Existing {
+				b.must(image.Create(t.Context(), target, image.CreateOptions{Format: c.target, CreateOptions: qcow2.CreateOptions{Size: diskSize}}))
+				b.spoil(target, c.target, []int64{0, copyBlock, diskSize - copyBlock})
+			}
+			f := b.load("", strings.Replace(b.disk("disk0", source), `"raw"`, `"`+c.source+`"`, 1))
+			d, client := b.start(f)
+			c.req.Id, c.req.Disk, c.req.Target, c.req.Format, c.req.Speed = "j", "disk0", target, c.target, 1<<20
+			_, err := client.Copy(t.Context(), c.req)
+			b.must(err)
+			for deadline := time.Now().Add(time.Minute); !exists(b.path(bitsFile)) || len(b.copied()) < 8; time.Sleep(5 * time.Millisecond) {
+				if time.Now().After(deadline) {
+					t.Fatalf("nothing is copied: %v", b.job(client))
+				}
+			}
+			_, err = client.JobPause(t.Context(), &control.JobPauseRequest{Id: "j"})
+			b.must(err)
+			b.write("disk0", 1)
+			if c.dies {
+				b.die(d)
+			} else {
+				b.stop(d)
+			}
+			copied := b.copied()
+			if slices.Contains(copied, 0) {
+				t.Error("a block that the guest has written counts as copied")
+			}
+			b.spoil(target, c.target, copied)
+
+			d, client = b.start(f)
+			j := b.job(client)
+			if j.State != job.StatePaused || !strings.Contains(j.Message, "goes on where it was") || !strings.Contains(j.Message, "job resume j") {
+				t.Errorf("after a restart: %v", j)
+			}
+			if left := diskSize - int64(len(copied))*copyBlock; j.BytesDone == 0 || j.BytesTotal-j.BytesDone != left {
+				t.Errorf("%d of %d bytes are done, want %d to be left", j.BytesDone, j.BytesTotal, left)
+			}
+			if k, err := client.DiskShow(t.Context(), &control.DiskShowRequest{Id: "disk0"}); err != nil || !strings.HasPrefix(k.Graph, "mirror") {
+				t.Errorf("the graph is %v, %v", k, err)
+			}
+			b.write("disk0", 2)
+			if c.req.Verify {
+				// It finds what the test has spoilt.
+				_, err = client.JobResume(t.Context(), &control.JobResumeRequest{Id: "j"})
+				b.must(err)
+				if j := b.wait(client, "j", job.StateFailed); !strings.Contains(j.Error, "differ at offset") {
+					t.Errorf("verified: %v", j)
+				}
+				b.stop(d)
+				return
+			}
+			b.resumeAndSwitch(client)
+			b.holds("disk0", 2)
+			b.stop(d)
+			if again := b.differ(source, c.source, target, c.target); !slices.Equal(again, copied) {
+				t.Errorf("these blocks were not copied again: %v, want %v", again, copied)
+			}
+			if c.req.Compression != "" {
+				packed := int64(0)
+				b.must(image.Map(t.Context(), target, c.target, image.Options{}, func(s image.Segment) error {
+					if s.Compressed && s.Start+s.Length > diskSize/2 {
+						packed += s.Length
+					}
+					return nil
+				}))
+				if packed == 0 {
+					t.Error("nothing was compressed after the restart")
+				}
+			}
+		})
+	}
+}
+
+// A copy that was ready comes back to that without copying anything again; and once more, and so on.
+func TestReadyCopyGoesOn(t *testing.T) {
+	b := newBed(t)
+	b.slack(time.Hour)
+	source, target := b.full("source"), b.path("target")
+	f := b.load("", b.disk("disk0", source))
+	d, c := b.start(f)
+	_, err := c.Copy(t.Context(), &control.CopyRequest{Id: "j", Disk: "disk0", Target: target})
+	b.must(err)
+	b.wait(c, "j", job.StateReady)
+	for i := range byte(3) {
+		b.write("disk0", i)
+		b.stop(d)
+		copied := b.copied()
+		if len(copied) != diskSize/copyBlock {
+			t.Fatalf("%d blocks are the same", len(copied))
+		}
+		b.spoil(target, image.Raw, copied[1:])
+		d, c = b.start(f)
+		if j := b.wait(c, "j", job.StateReady); j.BytesDone != diskSize {
+			t.Errorf("ready again: %v", j)
+		}
+	}
+	b.resumeAndSwitch(c)
+	b.stop(d)
+	if same := diskSize/copyBlock - len(b.differ(source, image.Raw, target, image.Raw)); same > 1 {
+		t.Errorf("%d blocks were copied again", same)
+	}
+}
+
+// Whatever does not fit, the copy begins again, says why, and ends right.
+func TestCopyBeginsAgain(t *testing.T) {
+	var b *bed
+	edit := func(change func(r *copyRecord)) {
+		b.Helper()
+		text, err := os.ReadFile(b.path("state/copies/j.json"))
+		b.must(err)
+		var r copyRecord
+		b.must(json.Unmarshal(text, &r))
+		change(&r)
+		text, err = json.Marshal(&r)
+		b.must(err)
+		b.must(os.WriteFile(b.path("state/copies/j.json"), text, 0o600))
+	}
+	word := func(i int, v uint64) {
+		b.Helper()
+		f, err := os.OpenFile(b.path(bitsFile), os.O_RDWR, 0)
+		b.must(err)
+		defer f.Close()
+		_, err = f.WriteAt(binary.LittleEndian.AppendUint64(nil, v), int64(8*i))
+		b.must(err)
+	}
+	replace := func(name string) {
+		b.Helper()
+		text, err := os.ReadFile(b.path(name))
+		b.must(err)
+		b.must(os.WriteFile(b.path("new"), text, 0o600))
+		b.must(os.Rename(b.path("new"), b.path(name)))
+	}
+	later := func(name string) { b.must(os.Chtimes(b.path(name), time.Time{}, time.Now().Add(2*time.Hour))) }
+	for _, c := range []struct {
+		why    string // in the message
+		tamper func()
+	}{
+		{"started anew", func() { edit(func(r *copyRecord) { r.Boot = "another" }) }},
+		{"bytes and has", func() { edit(func(r *copyRecord) { r.Size -= 512 }) }},
+		{"bytes and has", func() {
+			b.must(os.Truncate(b.path("source"), diskSize+copyBlock))
+			b.must(os.Truncate(b.path("target"), diskSize+copyBlock))
+		}},
+		{"source is another file", func() { replace("source") }},
+		{"target is another file", func() { replace("target") }},
+		{"source was changed", func() { later("source") }},
+		{"target was changed", func() { later("target") }},
+		{"source was changed", func() { stampSlack = -time.Hour }},
+		{"set back", func() { word(wordStamp, uint64(time.Now().Add(time.Hour).UnixNano())) }},
+		{"damaged", func() { word(wordKey, 1) }},
+		{"damaged", func() { b.must(os.WriteFile(b.path(bitsFile), bytes.Repeat([]byte{0x5a}, 3000), 0o600)) }},
+		{"damaged", func() { b.must(os.Truncate(b.path(bitsFile), 100)) }},
+		{"damaged", func() { b.must(os.Truncate(b.path(bitsFile), 0)) }},
+		{"damaged", func() { word(stampWords, 12345) }},
+		{"a flush of the target", func() { word(stampWords+1, 1) }},
+		{"damaged", func() { b.must(os.WriteFile(b.path("state/copies/j.json"), []byte(`{"size":`), 0o600)) }},
+		{"damaged", func() { edit(func(r *copyRecord) { r.Target = nil }) }},
+		{"nothing is known", func() { b.must(os.Remove(b.path("state/copies/j.json"))) }},
+		{"no such file", func() { b.must(os.Remove(b.path(bitsFile))) }},
+		{"is a directory", func() { b.must(os.Remove(b.path(bitsFile))); b.must(os.Mkdir(b.path(bitsFile), 0o700)) }},
+	} {
+		t.Run(c.why, func(t *testing.T) {
+			b = newBed(t)
+			b.slack(time.Hour)
+			source, target := b.full("source"), b.path("target")
+			f := b.load("", b.disk("disk0", source))
+			d, client := b.start(f)
+			_, err := client.Copy(t.Context(), &control.CopyRequest{Id: "j", Disk: "disk0", Target: target})
+			b.must(err)
+			b.wait(client, "j", job.StateReady)
+			b.stop(d)
+			b.spoil(target, image.Raw, b.copied())
+			c.tamper()
+			d, client = b.start(f)
+			j := b.job(client)
+			if !strings.Contains(j.Message, "started again from the beginning") && j.State != job.StateReady || !strings.Contains(b.log.String(), c.why) {
+				t.Errorf("after a restart: %v\n%s", j, b.log.String())
+			}
+			b.wait(client, "j", job.StateReady)
+			b.write("disk0", 3)
+			stampSlack = time.Hour
+			b.resumeAndSwitch(client)
+			b.holds("disk0", 3)
+			b.stop(d)
+			if bad := b.differ(source, image.Raw, target, image.Raw); len(bad) > 1 || len(bad) == 1 && bad[0] != 0 {
+				t.Errorf("the images differ in %v", bad)
+			}
+		})
+	}
+}
