@@ -152,7 +152,7 @@ func TestDamage(t *testing.T) {
 	needQEMU(t)
 	for _, v := range []variant{
 		plain(func(v *variant) { v.cluster = 4096 }),
-		plain(func(v *variant) { v.cluster = 1024; v.refcounts = 4 }),
+		plain(func(v *variant) { v.cluster = 1024; v.refcounts = 8 }), // with fewer bits QEMU's snapshot of many compressed clusters overflows
 		plain(func(v *variant) { v.cluster = 16 << 10; v.extended = true; v.refcounts = 64; v.compression = "zstd" }),
 	} {
 		t.Run(v.name(), func(t *testing.T) {
