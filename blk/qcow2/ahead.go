@@ -9,7 +9,7 @@ import "sync/atomic"
 // them stays allocated when the writer stops.
 //
 // Only images without a backing image do it. Over one, a cluster that the image does not hold gets its place from a
-// change to that very cluster and from nothing else: copy on read counts on that.
+// change to that very cluster and from nothing else: copy on read counts on that. KeepHoles makes it so elsewhere.
 
 // maxAhead bounds what is given beforehand, in bytes.
 const maxAhead int64 = 1 << 20
@@ -18,8 +18,12 @@ const maxAhead int64 = 1 << 20
 type stream struct {
 	next atomic.Int64 // guest offset
 	size atomic.Int64 // clusters that the last one asked for beforehand
-	off  atomic.Bool  // nobody is given any: clusters are being compressed, which goes only where there is no place yet
+	off  atomic.Bool  // nobody is given any: see KeepHoles, and WriteCompressed, which goes only where there is no place yet
 }
+
+// KeepHoles is for an image behind which another one may be put later, which is to show wherever nothing was written:
+// from now on a cluster gets its place from a change to it alone.
+func (n *Node) KeepHoles() { n.stream.off.Store(true) }
 
 // ahead is for how many clusters behind [off, off+l) a write there asks.
 func (s *stream) ahead(n *Node, off, l int64) int {

@@ -176,6 +176,9 @@ func (d *Daemon) startBackup(k *disk, r job.Record) (*job.Job, error) {
 		}
 	}
 	incremental := r.Bitmap != "" && !r.Full
+	if q, ok := target.Root.(*qcow2.Node); ok && incremental {
+		q.KeepHoles() // the backup before shows there, if only later
+	}
 	s := backup.Setup{
 		Graph: k.graph, Below: withoutCopyOnRead,
 		Target: target.Root, Cluster: backupCluster, Grain: rawGrain, Close: target.Close,
