@@ -138,8 +138,11 @@ func TestStopWhileAdding(t *testing.T) {
 	if _, err := d.startDisk(late, record{Image: late.Image, Format: late.Format}); err == nil {
 		t.Error("it is served")
 	}
-	stopped := make(chan error, 1)
-	go func() { stopped <- d.Stop() }()
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		d.Stop() //nolint:errcheck // it was stopped before
+	}()
 	select {
 	case <-stopped:
 	case <-time.After(5 * time.Second):
