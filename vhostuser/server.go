@@ -66,11 +66,7 @@ func (s *Server) Connected() bool { return s.connected.Load() }
 // Listen listens on a Unix socket at path, with mode 0600. A socket that nobody listens on any more is replaced;
 // one with a listener, or a file of another kind, is an error.
 func Listen(path string) (*net.UnixListener, error) {
-	dir, err := lockDir(filepath.Dir(path))
-	if err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
-	}
-	defer dir.Close()
+	defer lockDir(filepath.Dir(path))()
 	switch fi, err := os.Lstat(path); {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
@@ -104,23 +100,21 @@ func Listen(path string) (*net.UnixListener, error) {
 	return l.(*net.UnixListener), nil
 }
 
-// lockDir keeps others out of Listen in this directory until the returned file is closed: of two that find the same stale
-// socket, the second would remove the one that the first has put in its place.
-func lockDir(path string) (*os.File, error) {
+// lockDir keeps others out of Listen in this directory until unlock is called: of two that find the same stale socket, the
+// second would remove the one that the first has put in its place. Where there are no such locks, and when somebody has it
+// for long, who is not one of us and may be a front-end, it goes without.
+func lockDir(path string) (unlock func()) {
 	dir, err := os.Open(path)
 	if err != nil {
-		return nil, err
+		return func() {}
 	}
-	for range 100 { // who holds it for long is not one of us
-		if err = syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); !errors.Is(err, syscall.EWOULDBLOCK) {
+	for range 100 {
+		if !errors.Is(syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB), syscall.EWOULDBLOCK) {
 			break
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	if err != nil {
-		err = errors.Join(fmt.Errorf("lock %s: %w", path, err), dir.Close())
-	}
-	return dir, err
+	return func() { dir.Close() }
 }
 
 // ServeListener serves front-ends, one after the other, until ctx is done or the server is closed, and closes l. While one

@@ -89,6 +89,24 @@ func TestListenAtOnce(t *testing.T) {
 	}
 }
 
+// TestListenLocked: who may open the directory cannot keep a daemon from starting.
+func TestListenLocked(t *testing.T) {
+	t.Parallel()
+	dir, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_SH); err != nil {
+		t.Fatal(err)
+	}
+	l, err := Listen(filepath.Join(dir.Name(), "socket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+}
+
 // TestListenFull: a socket whose backlog is full is not stale.
 func TestListenFull(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")

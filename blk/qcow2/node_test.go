@@ -584,6 +584,65 @@ func TestAheadAtOnce(t *testing.T) {
 	checkClean(t, m.Bytes(), false)
 }
 
+// halfDone fails the first write of a table, and holds the first write of data until it is told to go on.
+type halfDone struct {
+	*blktest.Memory
+	data          []byte
+	failed        atomic.Bool
+	held, proceed chan struct{}
+}
+
+func (h *halfDone) Do(t *blk.Task, r *blk.Request) error {
+	if r.Op == blk.OpWrite {
+		b := make([]byte, r.Len)
+		r.Data.CopyTo(b)
+		switch {
+		case bytes.Equal(b, h.data):
+			close(h.held)
+			<-h.proceed
+		case r.Off > 0 && !h.failed.Swap(true):
+			<-h.held
+			return syscall.EIO
+		}
+	}
+	return h.Memory.Do(t, r)
+}
+
+// TestLateData: where data is still being written, though the table could not be, nobody else is given the place.
+func TestLateData(t *testing.T) {
+	const size = 4 << 20
+	m := intoMemory(t, qemuImage(t, size, "cluster_size=64k"))
+	first := mustOpen(t, m, Options{Name: "test"})
+	writeAt(t, first, 0, pattern(1, 64<<10)) // there is a table
+	mustClose(t, first)
+	h := &halfDone{Memory: m, data: pattern(2, 64<<10), held: make(chan struct{}), proceed: make(chan struct{})}
+	n := mustOpen(t, h, Options{Name: "test"})
+	h.failed.Store(true)
+	mustDo(t, n, &blk.Request{Op: blk.OpWrite, Off: 3 << 20, Len: 512, Data: blk.BytesVec(nil, pattern(3, 512))}) // there are clusters
+	h.failed.Store(false)
+	late := make(chan error)
+	go func() {
+		late <- blk.Do(blk.NewTask(), n, &blk.Request{Op: blk.OpWrite, Off: 1 << 20, Len: 64 << 10, Data: blk.BytesVec(nil, h.data)})
+	}()
+	<-h.held
+	for !h.failed.Load() || n.doubts.Load() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(20 * time.Millisecond)
+	mustDo(t, n, &blk.Request{Op: blk.OpFlush}) // gives up what waits for it
+	want := pattern(4, 1<<20)
+	writeAt(t, n, 2<<20, want)
+	close(h.proceed)
+	if err := <-late; !errors.Is(err, syscall.EIO) {
+		t.Fatalf("the late write says %v", err)
+	}
+	if got := readAll(t, n)[2<<20:][:1<<20]; !bytes.Equal(got, want) {
+		t.Error("a late write landed on a newer one")
+	}
+	mustClose(t, n)
+	checkClean(t, m.Bytes(), false)
+}
+
 // TestAheadCompressed: what a write was given beforehand can still be written by WriteCompressed.
 func TestAheadCompressed(t *testing.T) {
 	const size = 1 << 20

@@ -89,24 +89,30 @@ func (n *Node) writeNew(t *blk.Task, v blk.Vec, at, off, l int64) (int64, error)
 		return 0, err
 	}
 	v = v.AppendSlice(nil, at, c.l)
+	var errData, errLink error
 	if n.harmless(c) {
 		// Both at once. The place has an owner then even if writing the data fails: it holds zeros, as before.
-		errData, errLink := t.Par(
+		errData, errLink = t.Par(
 			func(t *blk.Task) error { return n.writeData(t, v, c.host+c.off-c.base) },
 			func(t *blk.Task) error { return n.link(t, c) },
 		)
-		if errLink == nil {
-			errLink = errData
+	} else {
+		if err := n.fill(t, c, v); err != nil {
+			if c.run.count > 0 {
+				n.putBack(c.run)
+			}
+			return 0, err
 		}
-		return c.l, errLink
+		errLink = n.link(t, c)
 	}
-	if err := n.fill(t, c, v); err != nil {
-		if c.run.count > 0 {
-			n.putBack(c.run)
-		}
-		return 0, err
+	if errLink == nil {
+		return c.l, errData
 	}
-	return c.l, n.link(t, c)
+	if c.run.count > 0 {
+		// The storage may point there: only free when that is settled. Nor before now, when no data is on its way there.
+		n.release(refRun{c.run.host >> n.clusterBits, c.run.count, -1})
+	}
+	return c.l, errLink
 }
 
 // harmless reports whether the tables may point to the chunk before it holds the data: if the data is lost then, zeros
@@ -284,10 +290,6 @@ func (n *Node) link(t *blk.Task, c *chunk) error {
 		entries = append(entries, cluster{host: host, present: true, copied: true, alloc: n.all})
 	}
 	if err := n.set(t, c.tab, c.first, entries); err != nil {
-		if c.run.count > 0 {
-			// The storage may point there: only free when that is settled.
-			n.release(refRun{c.run.host >> n.clusterBits, c.run.count, -1})
-		}
 		return err
 	}
 	for _, o := range c.old {

@@ -258,6 +258,9 @@ func TestShutdown(t *testing.T) {
 	stop <- nil
 	<-over.Done()
 	m.Shutdown()
+	if _, err := m.Start(Record{Kind: "copy", Disk: "late"}, func(context.Context, *Job) error { return nil }); err == nil {
+		t.Error("a job began when the others had been told to end")
+	}
 	<-run.Done()
 	m, rest := open(t, dir)
 	states := map[string]string{}

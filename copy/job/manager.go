@@ -28,6 +28,7 @@ type Manager struct {
 
 	mu   sync.Mutex
 	jobs []*Job // oldest first
+	over bool   // Shutdown was called
 }
 
 // NewManager reads the journal. Jobs that had ended are there to be looked at; those that had not are returned, for
@@ -82,6 +83,9 @@ func (m *Manager) End(r Record) error {
 func (m *Manager) Start(r Record, run func(ctx context.Context, j *Job) error) (*Job, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.over {
+		return nil, errShutdown
+	}
 	if r.ID == "" {
 		for n := 1; r.ID == "" || m.find(r.ID) != nil; n++ {
 			r.ID = fmt.Sprintf("%s-%s-%d", r.Kind, r.Disk, n)
@@ -175,8 +179,12 @@ func (m *Manager) Dismiss(id string) error {
 	return nil
 }
 
-// Shutdown tells all jobs to end. Their records stay as they are, so that the next daemon can go on with them.
+// Shutdown tells all jobs to end, and lets none begin any more. Their records stay as they are, so that the next daemon
+// can go on with them.
 func (m *Manager) Shutdown() {
+	m.mu.Lock()
+	m.over = true
+	m.mu.Unlock()
 	for _, j := range m.List() {
 		j.cancel(errShutdown)
 	}

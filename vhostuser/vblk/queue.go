@@ -96,9 +96,13 @@ func (q *queue) resumeAfter(lost []*queue) {
 	q.dev.opts.Log.Warn("a queue waits for requests of an earlier one that are still in flight", "disk", q.dev.opts.ID, "queue", q.r.Index)
 	go func() {
 		for _, l := range lost {
-			<-l.end
+			select {
+			case <-l.end:
+			case <-q.end: // a front-end may begin and stop as many as it likes meanwhile
+				return
+			}
 		}
-		q.Resume() // it may have been stopped meanwhile, and then this does nothing
+		q.Resume()
 	}()
 }
 

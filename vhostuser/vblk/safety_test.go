@@ -988,6 +988,15 @@ func TestUndrained(t *testing.T) {
 		t.Errorf("the write was done again while the first try was in flight; error %v", err)
 	case <-time.After(50 * time.Millisecond):
 	}
+	before := runtime.NumGoroutine()
+	for range 20 {
+		if err := d.Reconnect(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := runtime.NumGoroutine() - before; n > 10 {
+		t.Errorf("%d goroutines are left of queues that waited and were stopped", n)
+	}
 	hold.Release()
 	if err := <-done; err != nil {
 		t.Error(err)

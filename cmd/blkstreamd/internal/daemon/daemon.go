@@ -53,6 +53,7 @@ type Daemon struct {
 	changes sync.Mutex // one change of disks and jobs at a time: add, remove, resize, copy
 	mu      sync.Mutex
 	disks   map[string]*disk
+	over    bool // Stop was called
 }
 
 // Check says whether the images that the configuration names can be served, with all that is behind them. It opens
@@ -169,6 +170,9 @@ func (d *Daemon) Stop() error {
 	if d.jobs != nil {
 		go d.jobs.Shutdown() // which takes locks that are held while the state directory is written
 	}
+	d.mu.Lock()
+	d.over = true
+	d.mu.Unlock()
 	var ended []chan error
 	for _, k := range d.list() {
 		e := make(chan error, 1)

@@ -318,8 +318,14 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 		return nil, errors.Join(err, k.bitmaps.sync(), img.Close())
 	}
 	d.mu.Lock()
-	d.disks[spec.ID] = k
+	over := d.over
+	if !over {
+		d.disks[spec.ID] = k
+	}
 	d.mu.Unlock()
+	if over { // a disk that was being added: who stops the others does not know of it
+		return nil, errors.Join(errors.New("the daemon stops"), k.stop())
+	}
 	return k, nil
 }
 

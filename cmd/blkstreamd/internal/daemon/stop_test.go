@@ -126,3 +126,29 @@ func TestStopWhileStorageHangs(t *testing.T) {
 		})
 	}
 }
+
+// A disk that is still being added when the daemon is told to end does not keep it from that: it is not served any more.
+func TestStopWhileAdding(t *testing.T) {
+	b := newBed(t)
+	conf := b.load("", b.disk("disk0", b.image("a.img")), b.disk("late", b.image("late.img")))
+	late := conf.Disks[1]
+	conf.Disks = conf.Disks[:1]
+	d, _ := b.start(conf)
+	b.stop(d)
+	if _, err := d.startDisk(late, record{Image: late.Image, Format: late.Format}); err == nil {
+		t.Error("it is served")
+	}
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		d.Stop() //nolint:errcheck // it was stopped before
+	}()
+	select {
+	case <-stopped:
+	case <-time.After(5 * time.Second):
+		t.Fatal("the daemon does not end")
+	}
+	if exists(late.Socket) {
+		t.Error("its socket is left")
+	}
+}
