@@ -109,8 +109,15 @@ func (n *Node) Bitmaps(t *blk.Task) ([]Bitmap, error) {
 	return ReadBitmaps(t, n.storage, h)
 }
 
+// maxDataName is how long the name of a data file may be, in bytes, for the extension of bitmaps to have room with it in
+// the header's first sector. While something behind that changes, the header does without what is there, and without the
+// name of its data file nothing opens the image.
+const maxDataName = 256
+
 // CanStoreBitmaps reports whether StoreBitmaps has a place for any.
-func (n *Node) CanStoreBitmaps() bool { return !n.v2 && !n.readOnly && !n.corrupt.Load() }
+func (n *Node) CanStoreBitmaps() bool {
+	return !n.v2 && !n.readOnly && !n.corrupt.Load() && len(n.Header().DataFile) <= maxDataName
+}
 
 // LoadBitmap reads the bits of a bitmap that is not in use.
 func (n *Node) LoadBitmap(t *blk.Task, b Bitmap) (*blk.Bitmap, error) {
@@ -263,6 +270,8 @@ func (n *Node) storeBitmaps(t *blk.Task, remove []string, store []BitmapData) er
 		return ErrCorrupt
 	case n.v2:
 		return fmt.Errorf("version 2 has none: %w", ErrFeature)
+	case !n.CanStoreBitmaps():
+		return fmt.Errorf("the name of its data file leaves no room for them in the header: %w", blk.ErrNotSupported)
 	}
 	defer n.resizing.Lock(t)()
 	if err := n.settle(t); err != nil {

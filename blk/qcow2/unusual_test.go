@@ -130,6 +130,31 @@ func TestPowerCutsStoreBitmaps(t *testing.T) {
 	}
 }
 
+// Where a cut in StoreBitmaps could leave an image without the long name of its data file, none are stored.
+func TestPowerCutsDataFileName(t *testing.T) {
+	rng := blktest.Rand(t)
+	for _, l := range []int{250, 300, 420, 1000} {
+		disk := blktest.NewCrashDisk(0)
+		o := qcow2.CreateOptions{Size: 256 << 10, ClusterSize: 4096, DataFile: strings.Repeat("d", l)}
+		must(t, qcow2.Create(blk.NewTask(), disk, o))
+		do(t, disk, &blk.Request{Op: blk.OpFlush})
+		n := open(t, disk, qcow2.Options{Data: blktest.NewMemory(o.Size)})
+		first := disk.Points()
+		err := n.StoreBitmaps(blk.NewTask(), nil, []qcow2.BitmapData{{Name: "a", Bits: blk.NewBitmap(o.Size, 4096)}})
+		if can := l == 250; can != (err == nil) || can != n.CanStoreBitmaps() {
+			t.Errorf("a name of %d bytes: %v", l, err)
+		}
+		for at := first; at <= disk.Points(); at++ {
+			for range 10 {
+				if h, err := qcow2.ReadHeader(blk.NewTask(), disk.CrashAt(at, rng)); err != nil || h.DataFile != o.DataFile {
+					t.Fatalf("a name of %d bytes, cut at %d of %d to %d: %v, %+v", l, at, first, disk.Points(), err, h)
+				}
+			}
+		}
+		must(t, n.Close())
+	}
+}
+
 // A size that is not whole sectors is rounded up, and what the guest wrote to the last one stays when the disk grows.
 func TestResizeOddSize(t *testing.T) {
 	for _, size := range []uint64{1000, 1<<19 - 100, 300<<10 + 1} {
