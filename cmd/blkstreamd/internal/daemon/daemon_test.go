@@ -50,7 +50,10 @@ func newBed(t *testing.T) *bed {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	t.Cleanup(func() {
+		os.RemoveAll(dir)
+		os.RemoveAll(copyPath(filepath.Join(dir, "state"), "j")) // what a test leaves in memory
+	})
 	return &bed{T: t, dir: dir}
 }
 

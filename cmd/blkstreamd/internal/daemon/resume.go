@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -26,9 +27,10 @@ import (
 
 // How a block copy goes on after the death of the daemon, in order:
 //
-//  1. While it runs, what it has to know of its images (mirror.State) lies in a file of the state directory that is
-//     mapped shared: storing a bit there is a store to memory and nothing else, and it survives the process. It does not
-//     survive the host, so nothing is ever made durable. A record beside the file says what it is about.
+//  1. While it runs, what it has to know of its images (mirror.State) lies in a file in memory (tmpfs) that is mapped
+//     shared: storing a bit there is a store to memory and nothing else, and it survives the process, not the host. On a
+//     disk, a store to a page that is just being written back would hold up the guest. A record in the state directory
+//     says what the file is about, and is there whenever the file is.
 //  2. When a disk is started and a copy of it has not ended, record and file are looked at before its image is opened. If
 //     all is as the dead daemon left it, the filter is over the image before the guest is there.
 //  3. Then the job is started with that filter. If the target is not as it was, the copy begins at its beginning.
@@ -38,8 +40,7 @@ import (
 const copyKind = "copies"
 
 const (
-	// maxCopyState bounds a file, and so what a copy takes of the state directory, in bytes: enough for 32 TiB in blocks of
-	// 64 KiB.
+	// maxCopyState bounds a file, and so the memory that it takes, in bytes: enough for 32 TiB in blocks of 64 KiB.
 	maxCopyState = 256 << 20
 
 	stampEvery = 250 * time.Millisecond
@@ -83,8 +84,12 @@ type copyState struct {
 	state *mirror.State
 }
 
-func (d *Daemon) copyPath(id string) string {
-	return filepath.Join(d.file.Daemon.StateDir, copyKind, id+".bits")
+func (d *Daemon) copyPath(id string) string { return copyPath(d.file.Daemon.StateDir, id) }
+
+// copyPath is the file of a job of the daemon with this state directory.
+func copyPath(stateDir, id string) string {
+	sum := sha256.Sum256([]byte(stateDir))
+	return fmt.Sprintf("/dev/shm/blkstream-%x-%s", sum[:8], id)
 }
 
 // newCopyState is for a copy that begins.
@@ -194,32 +199,30 @@ func (s *copyState) mapFile(granularity int64, create bool) error {
 		return errDamaged
 	}
 	size := 8 * (stampWords + mirror.StateWords(s.rec.Size, granularity))
-	flags := os.O_RDWR
+	flags := os.O_RDWR | unix.O_NOFOLLOW
 	if create {
 		flags |= os.O_CREATE | os.O_EXCL
 	}
 	if size > maxCopyState {
-		return fmt.Errorf("it takes more than %d bytes of the state directory: choose a larger granularity", maxCopyState)
+		return fmt.Errorf("it takes more than %d bytes of memory: choose a larger granularity", maxCopyState)
 	}
 	f, err := os.OpenFile(s.path, flags, 0o600)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if fi, err := f.Stat(); err != nil || !create && fi.Size() != size {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil || !create && st.Size != size {
 		return errors.Join(errDamaged, err)
 	}
-	// A store to a page for which there is no space would be a SIGBUS on a queue's thread. These file systems keep what
-	// they have once given.
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
-		return fmt.Errorf("%s: %w", s.path, err)
+	if int(st.Uid) != os.Geteuid() || st.Mode&0o77 != 0 { // anyone may put a file there
+		return fmt.Errorf("%s: %w: others may write to it", s.path, errDamaged)
 	}
-	switch st.Type {
-	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.TMPFS_MAGIC, unix.OVERLAYFS_SUPER_MAGIC:
-	default:
-		return fmt.Errorf("%s: the state directory is on a file system of type %#x: it takes ext4, XFS or tmpfs", s.path, st.Type)
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil || fs.Type != unix.TMPFS_MAGIC {
+		return errors.Join(fmt.Errorf("%s: not on tmpfs", s.path), err)
 	}
+	// A store to a page for which there is no memory would be a SIGBUS on a queue's thread.
 	if err := unix.Fallocate(int(f.Fd()), 0, 0, size); err != nil {
 		return fmt.Errorf("%s: allocate %d bytes: %w", s.path, size, err)
 	}
@@ -242,11 +245,11 @@ func (s *copyState) unmap() error {
 
 // remove forgets all of it.
 func (s *copyState) remove(store *job.Store, id string) error {
-	err := store.Delete(copyKind, id)
+	err := s.unmap()
 	if rerr := os.Remove(s.path); rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
-		err = errors.Join(err, rerr)
+		return errors.Join(err, rerr)
 	}
-	return errors.Join(err, s.unmap())
+	return errors.Join(err, store.Delete(copyKind, id))
 }
 
 // stamp says that the daemon is alive: what is younger is not its work.
@@ -391,12 +394,10 @@ func (d *Daemon) sweepCopies() {
 		return
 	}
 	for _, e := range entries {
-		id, ok := strings.CutSuffix(e.Name(), ".bits")
-		if !ok {
-			id, ok = strings.CutSuffix(e.Name(), ".json")
-		}
-		if j, err := d.jobs.Get(id); !ok || err != nil || job.Ended(j.Record().State) {
-			_ = os.Remove(filepath.Join(dir, e.Name())) // the next one tries again
+		id := strings.TrimSuffix(e.Name(), ".json")
+		if j, err := d.jobs.Get(id); err != nil || job.Ended(j.Record().State) {
+			_ = os.Remove(d.copyPath(id)) // the next one tries again
+			_ = os.Remove(filepath.Join(dir, e.Name()))
 		}
 	}
 }

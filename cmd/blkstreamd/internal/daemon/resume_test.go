@@ -42,12 +42,12 @@ func (b *bed) slack(d time.Duration) {
 	b.Cleanup(func() { stampSlack = old })
 }
 
-const bitsFile = "state/copies/j.bits"
+func (b *bed) bits() string { return copyPath(b.path("state"), "j") }
 
 // copied are the blocks that a dead daemon's copy has done.
 func (b *bed) copied() (all []int64) {
 	b.Helper()
-	text, err := os.ReadFile(b.path(bitsFile))
+	text, err := os.ReadFile(b.bits())
 	b.must(err)
 	mem := make([]byte, len(text)+8)
 	words := wordsOf(mem)[:len(text)/8]
@@ -100,10 +100,10 @@ func (b *bed) differ(source, sourceFormat, target, targetFormat string) (all []i
 // die ends the daemon and leaves of its copy what there would be had it been killed.
 func (b *bed) die(d *Daemon) {
 	b.Helper()
-	kept, err := os.ReadFile(b.path(bitsFile))
+	kept, err := os.ReadFile(b.bits())
 	b.must(err)
 	b.stop(d)
-	b.must(os.WriteFile(b.path(bitsFile), kept, 0o600))
+	b.must(os.WriteFile(b.bits(), kept, 0o600))
 }
 
 // resumeAndSwitch brings a copy to its end.
@@ -162,7 +162,7 @@ func TestCopyGoesOn(t *testing.T) {
 			c.req.Id, c.req.Disk, c.req.Target, c.req.Format, c.req.Speed = "j", "disk0", target, c.target, 1<<20
 			_, err := client.Copy(t.Context(), c.req)
 			b.must(err)
-			for deadline := time.Now().Add(time.Minute); !exists(b.path(bitsFile)) || len(b.copied()) < 8; time.Sleep(5 * time.Millisecond) {
+			for deadline := time.Now().Add(time.Minute); !exists(b.bits()) || len(b.copied()) < 8; time.Sleep(5 * time.Millisecond) {
 				if time.Now().After(deadline) {
 					t.Fatalf("nothing is copied: %v", b.job(client))
 				}
@@ -271,7 +271,7 @@ func TestCopyBeginsAgain(t *testing.T) {
 	}
 	word := func(i int, v uint64) {
 		b.Helper()
-		f, err := os.OpenFile(b.path(bitsFile), os.O_RDWR, 0)
+		f, err := os.OpenFile(b.bits(), os.O_RDWR, 0)
 		b.must(err)
 		defer f.Close()
 		_, err = f.WriteAt(binary.LittleEndian.AppendUint64(nil, v), int64(8*i))
@@ -302,16 +302,17 @@ func TestCopyBeginsAgain(t *testing.T) {
 		{"source was changed", func() { stampSlack = -time.Hour }},
 		{"set back", func() { word(wordStamp, uint64(time.Now().Add(time.Hour).UnixNano())) }},
 		{"damaged", func() { word(wordKey, 1) }},
-		{"damaged", func() { b.must(os.WriteFile(b.path(bitsFile), bytes.Repeat([]byte{0x5a}, 3000), 0o600)) }},
-		{"damaged", func() { b.must(os.Truncate(b.path(bitsFile), 100)) }},
-		{"damaged", func() { b.must(os.Truncate(b.path(bitsFile), 0)) }},
+		{"damaged", func() { b.must(os.WriteFile(b.bits(), bytes.Repeat([]byte{0x5a}, 3000), 0o600)) }},
+		{"damaged", func() { b.must(os.Truncate(b.bits(), 100)) }},
+		{"damaged", func() { b.must(os.Truncate(b.bits(), 0)) }},
 		{"damaged", func() { word(stampWords, 12345) }},
 		{"a flush of the target", func() { word(stampWords+1, 1) }},
 		{"damaged", func() { b.must(os.WriteFile(b.path("state/copies/j.json"), []byte(`{"size":`), 0o600)) }},
 		{"damaged", func() { edit(func(r *copyRecord) { r.Target = nil }) }},
 		{"nothing is known", func() { b.must(os.Remove(b.path("state/copies/j.json"))) }},
-		{"no such file", func() { b.must(os.Remove(b.path(bitsFile))) }},
-		{"is a directory", func() { b.must(os.Remove(b.path(bitsFile))); b.must(os.Mkdir(b.path(bitsFile), 0o700)) }},
+		{"no such file", func() { b.must(os.Remove(b.bits())) }},
+		{"others may write to it", func() { b.must(os.Chmod(b.bits(), 0o622)) }},
+		{"is a directory", func() { b.must(os.Remove(b.bits())); b.must(os.Mkdir(b.bits(), 0o700)) }},
 	} {
 		t.Run(c.why, func(t *testing.T) {
 			b = newBed(t)
