@@ -29,8 +29,8 @@ import (
 type Driver interface {
 	// Work takes and starts a few requests and reports whether there was anything to do.
 	Work() bool
-	// Publish hands back what has completed.
-	Publish()
+	// Publish hands back what has completed and reports whether the other side wants to be called.
+	Publish() bool
 	// Poll says, cheaply, whether Work would find something.
 	Poll() bool
 	// Arm is called before the loop sleeps: it asks for kicks and reports whether there is work after all.
@@ -56,6 +56,8 @@ type backend interface {
 	ready() bool       // reap would find something
 	sleep() error      // until a completion, a kick or wake
 	watchKick(fd int)  // -1: none
+	setCall(fd int)    // -1: none
+	call() bool        // signals it in the next submit or sleep; false: it cannot
 	wake()             // from any goroutine
 	close()
 }
@@ -75,6 +77,7 @@ type Loop struct {
 	be      backend
 	drv     Driver
 	stopped bool
+	callFd  int
 
 	ios   []*blk.IO // in flight, by Tag
 	free  []uint32
@@ -103,7 +106,7 @@ func Run(opts Options, ready func(*Loop) Driver) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	l := &Loop{opts: opts}
+	l := &Loop{opts: opts, callFd: -1}
 	if l.opts.Log == nil {
 		l.opts.Log = slog.Default()
 	}
@@ -156,6 +159,13 @@ func (l *Loop) Stop() { l.stopped = true }
 // another one is watched.
 func (l *Loop) WatchKick(fd int) { l.be.watchKick(fd) }
 
+// SetCall names the eventfd that is signalled when Publish wants it; -1: none. It must stay open until another one is
+// named.
+func (l *Loop) SetCall(fd int) {
+	l.callFd = fd
+	l.be.setCall(fd)
+}
+
 // Post runs fn on the loop's thread soon. Any goroutine may call it.
 func (l *Loop) Post(fn func()) {
 	l.mu.Lock()
@@ -182,12 +192,14 @@ func (l *Loop) run() {
 		if l.drv.Work() {
 			busy = true
 		}
-		// What goes to sleep at once submits and waits in one call.
+		// What goes to sleep at once submits, signals and waits in one call.
 		sleepy := l.pollFor == 0 && !l.stopped && !l.hasMail.Load() && !l.be.ready() && !l.drv.Poll()
 		if !sleepy {
 			l.submit()
 		}
-		l.drv.Publish()
+		if l.drv.Publish() && !(sleepy && l.be.call()) {
+			Signal(l.callFd)
+		}
 		if !sleepy && (busy || l.stopped || l.spin()) {
 			continue
 		}
@@ -230,6 +242,7 @@ func (l *Loop) doze() {
 		start := time.Now()
 		if start.Sub(l.yielded) > yieldEvery {
 			l.yielded = start
+			l.submit()
 			runtime.Gosched()
 		}
 		if err := l.be.sleep(); err != nil {
@@ -437,7 +450,22 @@ func newEventfd() (int, error) {
 	return fd, nil
 }
 
-func signal(fd int) {
-	one := [8]byte{1}      // the value does not matter, only that it is not 0
-	unix.Write(fd, one[:]) //nolint:errcheck // EAGAIN: the counter is full, so the event is pending
+var eventOne = [8]byte{1} // the value does not matter, only that it is not 0
+
+// wake signals an eventfd of newEventfd.
+func wake(fd int) {
+	unix.Write(fd, eventOne[:]) //nolint:errcheck // EAGAIN: the counter is full, so the event is pending
+}
+
+// Signal adds one to an eventfd of the other side; -1: none. It is skipped when the write would block, which a hostile
+// front-end can bring about: the other side then has a signal pending.
+func Signal(fd int) {
+	if fd < 0 {
+		return
+	}
+	p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+	if n, err := unix.Poll(p[:], 0); n != 1 || err != nil || p[0].Revents&unix.POLLOUT == 0 {
+		return
+	}
+	unix.Write(fd, eventOne[:]) //nolint:errcheck // a driver that closed its end misses the event
 }

@@ -28,14 +28,16 @@ import (
 // driver has no requests. It counts how often the loop looks at it.
 type driver struct {
 	turns   atomic.Int64
-	publish func() // if not nil
+	publish func()      // if not nil
+	call    atomic.Bool // Publish wants the other side to be called
 }
 
 func (d *driver) Work() bool { d.turns.Add(1); return false }
-func (d *driver) Publish() {
+func (d *driver) Publish() bool {
 	if d.publish != nil {
 		d.publish()
 	}
+	return d.call.Swap(false)
 }
 func (d *driver) Poll() bool { return false }
 func (d *driver) Arm() bool  { return false }
@@ -491,7 +493,7 @@ func TestKick(t *testing.T) {
 			<-watching
 			for range 300 {
 				k.want.Add(1)
-				signal(fd)
+				wake(fd)
 				<-k.seen
 			}
 		}
@@ -600,4 +602,68 @@ func TestRunFails(t *testing.T) {
 	if !errors.Is(err, unix.EMFILE) {
 		t.Errorf("without descriptors: %v", err)
 	}
+}
+
+// Each call arrives, whatever the other side made of its eventfd, and none holds the loop up.
+func TestCall(t *testing.T) {
+	engines(t, func(t *testing.T, opts Options) {
+		for _, c := range []struct {
+			name  string
+			flags int
+			full  bool
+		}{
+			{"nonblocking", unix.EFD_NONBLOCK, false},
+			{"blocking", 0, false},
+			{"full", unix.EFD_NONBLOCK, true},
+			{"full, blocking", 0, true},
+		} {
+			for _, opts.PollMax = range []time.Duration{0, 50 * time.Microsecond} {
+				t.Run(c.name+"/"+opts.PollMax.String(), func(t *testing.T) {
+					fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|c.flags)
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer unix.Close(fd)
+					if c.full {
+						most := [8]byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+						if _, err := unix.Write(fd, most[:]); err != nil {
+							t.Fatal(err)
+						}
+					}
+					d := &driver{}
+					l, _ := start(t, opts, d)
+					do := func(fn func()) {
+						done := make(chan struct{})
+						l.Post(func() { fn(); close(done) })
+						<-done
+					}
+					do(func() { l.SetCall(fd) })
+					for range 100 {
+						do(func() { d.call.Store(true) })
+						p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+						if n, err := unix.Poll(p, 10_000); n != 1 {
+							t.Fatalf("no call: %v", err)
+						}
+						if c.full {
+							continue
+						}
+						var b [8]byte
+						if _, err := unix.Read(fd, b[:]); err != nil || b != eventOne {
+							t.Fatalf("called %v times: %v", b, err)
+						}
+					}
+					if b, ok := l.be.(*ringBackend); ok {
+						do(func() {
+							if good := c.flags != 0 && !c.full; b.ring.SetCall(fd) && b.calls != good {
+								t.Errorf("signalled by the ring: %v", b.calls)
+							}
+						})
+					}
+					do(func() { l.SetCall(-1) })
+					do(func() { d.call.Store(true) })
+					do(func() {})
+				})
+			}
+		}
+	})
 }

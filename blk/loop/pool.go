@@ -61,7 +61,7 @@ func (b *poolBackend) worker() {
 		b.done = append(b.done, tag)
 		b.mu.Unlock()
 		b.some.Store(true)
-		signal(b.wakeFd)
+		wake(b.wakeFd)
 	}
 }
 
@@ -104,7 +104,10 @@ func (b *poolBackend) watchKick(fd int) {
 	}
 }
 
-func (b *poolBackend) wake() { signal(b.wakeFd) }
+func (b *poolBackend) setCall(int) {}
+func (b *poolBackend) call() bool  { return false }
+
+func (b *poolBackend) wake() { wake(b.wakeFd) }
 
 func (b *poolBackend) close() {
 	close(b.work)

@@ -7,6 +7,7 @@ package uring
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -26,8 +27,15 @@ const (
 
 	featSingleMmap = 1 << 0
 	featNoDrop     = 1 << 1
+	featCQESkip    = 1 << 11
 
-	enterGetEvents = 1 << 0
+	enterGetEvents      = 1 << 0
+	enterRegisteredRing = 1 << 4
+
+	registerFiles       = 2
+	registerFilesUpdate = 6
+	registerRingFDs     = 20
+	unregisterRingFDs   = 21
 
 	sqOverflow = 1 << 1
 	sqTaskrun  = 1 << 2
@@ -48,9 +56,14 @@ const (
 	opFsync     = 3
 	opPollAdd   = 6
 	opFallocate = 17
+	opRead      = 22
+	opWrite     = 23
 
 	fsyncDatasync = 1
-	sqeAsync      = 1 << 4
+
+	sqeFixedFile   = 1 << 0
+	sqeAsync       = 1 << 4
+	sqeSkipSuccess = 1 << 6
 )
 
 type sqringOffsets struct {
@@ -85,6 +98,12 @@ type sqe struct {
 	addr3, pad    uint64
 }
 
+// rsrcUpdate is struct io_uring_rsrc_update.
+type rsrcUpdate struct {
+	offset, resv uint32
+	data         uint64
+}
+
 // CQE is one completion.
 type CQE struct {
 	UserData uint64
@@ -95,6 +114,9 @@ type CQE struct {
 // Ring is one io_uring instance.
 type Ring struct {
 	fd      int
+	enterFd int     // what io_uring_enter is called with: fd, or its place in the thread's table
+	enter   uintptr // flags that say which
+	hasCall bool    // slot 0 of the ring's files is there
 	ringMem []byte
 	sqeMem  []byte
 
@@ -139,7 +161,7 @@ func New(entries uint32) (*Ring, error) {
 }
 
 func mapRing(fd int, p *params) (*Ring, error) {
-	r := &Ring{fd: fd}
+	r := &Ring{fd: fd, enterFd: fd}
 	size := max(p.sqOff.array+4*p.sqEntries, p.cqOff.cqes+p.cqEntries*uint32(unsafe.Sizeof(CQE{})))
 	var err error
 	if r.ringMem, err = unix.Mmap(fd, offSQRing, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE); err != nil {
@@ -167,11 +189,31 @@ func mapRing(fd int, p *params) (*Ring, error) {
 	}
 	r.sqLocal = r.sqTail.Load()
 	r.sqSubmitted = r.sqLocal
+	r.register(p)
 	return r, nil
 }
 
-// Close ends the ring. Nothing may be in flight.
+// register spares each call the look-up of the ring's file, and makes a slot for SetCall. Older kernels know neither.
+func (r *Ring) register(p *params) {
+	self := rsrcUpdate{offset: ^uint32(0), data: uint64(r.fd)}
+	// SAFETY: self lives over the call and has the layout of struct io_uring_rsrc_update.
+	n, _, e := syscall.Syscall6(unix.SYS_IO_URING_REGISTER, uintptr(r.fd), registerRingFDs, uintptr(unsafe.Pointer(&self)), 1, 0, 0)
+	if e == 0 && n == 1 {
+		r.enterFd, r.enter = int(self.offset), enterRegisteredRing
+	}
+	none := int32(-1)
+	// SAFETY: none lives over the call, an array of one descriptor.
+	_, _, e = syscall.Syscall6(unix.SYS_IO_URING_REGISTER, uintptr(r.fd), registerFiles, uintptr(unsafe.Pointer(&none)), 1, 0, 0)
+	r.hasCall = e == 0 && p.features&featCQESkip != 0
+}
+
+// Close ends the ring, on the thread that made it. Nothing may be in flight.
 func (r *Ring) Close() error {
+	if r.enter != 0 { // the thread's table would keep the ring
+		self := rsrcUpdate{offset: uint32(r.enterFd)}
+		// SAFETY: as in register.
+		syscall.Syscall6(unix.SYS_IO_URING_REGISTER, uintptr(r.fd), unregisterRingFDs, uintptr(unsafe.Pointer(&self)), 1, 0, 0) //nolint:errcheck,dogsled // it is there
+	}
 	return errors.Join(unix.Munmap(r.sqeMem), unix.Munmap(r.ringMem), unix.Close(r.fd))
 }
 
@@ -207,7 +249,38 @@ func (r *Ring) RW(write bool, fd int, v []syscall.Iovec, off int64, rwFlags uint
 	// SAFETY: the caller keeps v reachable until the completion; Go's heap does not move.
 	e.addr = uint64(uintptr(unsafe.Pointer(unsafe.SliceData(v))))
 	e.opFlags, e.userData = rwFlags, userData
+	if len(v) == 1 { // the kernel need not copy the vector
+		e.opcode += opRead - opReadv
+		// SAFETY: as above, of what v points to.
+		e.addr, e.len = uint64(uintptr(unsafe.Pointer(v[0].Base))), uint32(v[0].Len)
+	}
 }
+
+// SetCall names the eventfd that Call signals. The ring holds its file until another is named; -1: none. It reports
+// whether Call can be used.
+func (r *Ring) SetCall(fd int) bool {
+	if !r.hasCall {
+		return false
+	}
+	slot := int32(fd)
+	u := rsrcUpdate{data: uint64(uintptr(unsafe.Pointer(&slot)))}
+	// SAFETY: u and slot live over the call; struct io_uring_files_update has the layout of rsrcUpdate.
+	_, _, e := syscall.Syscall6(unix.SYS_IO_URING_REGISTER, uintptr(r.fd), registerFilesUpdate, uintptr(unsafe.Pointer(&u)), 1, 0, 0)
+	runtime.KeepAlive(&slot)
+	return e == 0 && fd >= 0
+}
+
+// Call prepares a signal of the eventfd that SetCall named. It goes out in the submission, without a system call of its
+// own, and posts a completion only if it failed: if it would block, or always where the eventfd is a blocking one. There
+// must be Space.
+func (r *Ring) Call(userData uint64) {
+	e := r.next()
+	e.opcode, e.flags, e.userData = opWrite, sqeFixedFile|sqeSkipSuccess, userData
+	// SAFETY: a global variable.
+	e.addr, e.len, e.opFlags = uint64(uintptr(unsafe.Pointer(&eventOne))), uint32(len(eventOne)), unix.RWF_NOWAIT
+}
+
+var eventOne = [8]byte{1} // the value does not matter, only that it is not 0
 
 // Datasync prepares fdatasync(2). There must be Space.
 func (r *Ring) Datasync(fd int, userData uint64) {
@@ -243,7 +316,7 @@ func (r *Ring) Submit(wait bool) error {
 			return nil
 		}
 		// Syscall6 and not RawSyscall6: a raw call that blocks would hold up every stop-the-world.
-		done, _, e := syscall.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(r.fd), uintptr(n), minComplete, flags, 0, 0)
+		done, _, e := syscall.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(r.enterFd), uintptr(n), minComplete, flags|r.enter, 0, 0)
 		if e == 0 {
 			r.sqSubmitted += uint32(done)
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/chain"
 	"github.com/blkstream/blkstream/blk/file"
+	"github.com/blkstream/blkstream/blk/loop"
 	"github.com/blkstream/blkstream/vhostuser/frontend"
 	"github.com/blkstream/blkstream/virtq"
 )
@@ -93,7 +94,7 @@ func TestTruncatedMemoryChain(t *testing.T) {
 		head[32] = 0xee
 		r.add([]virtq.Buf{{GPA: lo, Len: 16}}, []virtq.Buf{{GPA: at, Len: 8192}, {GPA: lo + 32, Len: 1}}, false)
 		r.drv.Publish()
-		signal(kick)
+		loop.Signal(kick)
 		if !r.waitOrErr(errFD) {
 			t.Error("the ring broke")
 			break

@@ -9,8 +9,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/loop"
 	"github.com/blkstream/blkstream/vhostuser"
@@ -68,6 +66,7 @@ func startQueue(d *Device, r vhostuser.Ring) (vhostuser.Queue, error) {
 		}, func(l *loop.Loop) loop.Driver {
 			q.loop = l
 			l.WatchKick(r.Kick)
+			l.SetCall(r.Call)
 			ready <- nil
 			return q
 		})
@@ -171,38 +170,44 @@ func (q *queue) give(r *request, written uint32) {
 		}
 		q.ring.Push(r.chain.Head, written)
 		if q.staged++; q.staged >= chunk {
-			q.publish()
+			q.publishNow()
 		}
 	}
 }
 
 // Publish implements loop.Driver. When nothing is in flight any more it tells those who wait for that; what has
 // completed is published first, since a pause is also the moment at which a ring's state is read.
-func (q *queue) Publish() {
-	q.publish()
+func (q *queue) Publish() bool {
+	call := q.publish()
 	if q.taken == 0 && len(q.rest) > 0 {
 		for _, c := range q.rest {
 			close(c)
 		}
 		q.rest = nil
 	}
+	return call
 }
 
-func (q *queue) publish() {
+// publish reports whether the driver is to be called.
+func (q *queue) publish() (call bool) {
 	if q.staged == 0 || q.broken {
-		return
+		return false
 	}
 	defer q.recoverFault()
 	q.staged = 0
-	notify := q.ring.Publish()
+	call = q.ring.Publish()
 	if q.r.Inflight != nil {
 		q.r.Inflight.Commit(q.ring.UsedIdx())
 	}
 	if q.r.Log != nil && q.r.LogUsed {
 		q.r.Log.Mark(q.r.UsedLog, 6+8*uint64(q.r.Size))
 	}
-	if notify {
-		signal(q.r.Call)
+	return call
+}
+
+func (q *queue) publishNow() {
+	if q.publish() {
+		loop.Signal(q.r.Call)
 	}
 }
 
@@ -243,22 +248,7 @@ func (q *queue) breakRing(err error) {
 	}
 	q.broken = true
 	q.dev.opts.Log.Error("a queue is stopped: its ring is damaged", "disk", q.dev.opts.ID, "queue", q.r.Index, "err", err)
-	signal(q.r.Err)
-}
-
-var eventOne = [8]byte{1} // the value does not matter, only that it is not 0
-
-// signal adds one to an eventfd. It is skipped when the write would block, which a hostile front-end can bring about:
-// the other side then has a signal pending.
-func signal(fd int) {
-	if fd < 0 {
-		return
-	}
-	p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
-	if n, err := unix.Poll(p[:], 0); n != 1 || err != nil || p[0].Revents&unix.POLLOUT == 0 {
-		return
-	}
-	unix.Write(fd, eventOne[:]) //nolint:errcheck // a driver that closed its end misses the event
+	loop.Signal(q.r.Err)
 }
 
 // Rest.
@@ -318,7 +308,7 @@ func (q *queue) Stop() (uint16, error) {
 	// may be another queue's soon.
 	var base uint16
 	q.do(func() {
-		q.publish()
+		q.publishNow()
 		q.broken, base = true, q.ring.LastAvail()
 	})
 	q.dev.mu.Lock()
@@ -363,7 +353,12 @@ func (q *queue) SetMemory(m *virtq.Memory) error {
 }
 
 // SetCall implements vhostuser.Queue.
-func (q *queue) SetCall(fd int) { q.do(func() { q.r.Call = fd }) }
+func (q *queue) SetCall(fd int) {
+	q.do(func() {
+		q.r.Call = fd
+		q.loop.SetCall(fd)
+	})
+}
 
 // SetErr implements vhostuser.Queue.
 func (q *queue) SetErr(fd int) { q.do(func() { q.r.Err = fd }) }

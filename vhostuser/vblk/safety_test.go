@@ -23,6 +23,7 @@ import (
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/blktest"
 	"github.com/blkstream/blkstream/blk/file"
+	"github.com/blkstream/blkstream/blk/loop"
 	"github.com/blkstream/blkstream/vhostuser"
 	"github.com/blkstream/blkstream/vhostuser/frontend"
 	"github.com/blkstream/blkstream/virtq"
@@ -323,7 +324,7 @@ func TestBrokenRing(t *testing.T) {
 			err = s.graph.Change(t.Context(), func(*blk.Tx) error {
 				c.spoil(bad, at, mem)
 				bad.drv.Publish()
-				signal(bad.kick)
+				loop.Signal(bad.kick)
 				return nil
 			})
 			if err != nil {
@@ -334,7 +335,7 @@ func TestBrokenRing(t *testing.T) {
 				t.Fatal("the err descriptor was not signalled")
 			}
 			for range 5 {
-				signal(bad.kick)
+				loop.Signal(bad.kick)
 				flush(good)
 				if good.wait(); mem[64] != statusOK {
 					t.Errorf("other queue: status %d", mem[64])
@@ -454,7 +455,7 @@ func TestTruncatedMemory(t *testing.T) {
 						r.add([]virtq.Buf{hdr, data}, []virtq.Buf{st}, false)
 					}
 					r.drv.Publish()
-					signal(kick)
+					loop.Signal(kick)
 					return unix.Ftruncate(guestMemory(t), c.left)
 				})
 				if err != nil {
@@ -794,7 +795,14 @@ func TestFullCall(t *testing.T) {
 	if _, err := unix.Write(event, le64(1<<64-2)); err != nil {
 		t.Fatal(err)
 	}
-	fds := []int{event, pipe[1]}
+	nonblocking, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unix.Write(nonblocking, le64(1<<64-2)); err != nil {
+		t.Fatal(err)
+	}
+	fds := []int{event, nonblocking, pipe[1]}
 	defer func() {
 		for _, fd := range append(fds, pipe[0]) {
 			unix.Close(fd)
@@ -1159,7 +1167,7 @@ func TestDirtyLog(t *testing.T) {
 				for j := range watched {
 					before[j] = bytes.Clone(watched[j])
 				}
-				signal(r.kick)
+				loop.Signal(r.kick)
 				if !waitFD(r.call, 10*time.Second) {
 					t.Fatal("no answer")
 				}

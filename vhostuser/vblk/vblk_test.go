@@ -21,6 +21,7 @@ import (
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/blktest"
 	"github.com/blkstream/blkstream/blk/file"
+	"github.com/blkstream/blkstream/blk/loop"
 	"github.com/blkstream/blkstream/blk/raw"
 	"github.com/blkstream/blkstream/vhostuser"
 	"github.com/blkstream/blkstream/vhostuser/frontend"
@@ -744,7 +745,7 @@ func (r *ring) add(out, in []virtq.Buf, indirect bool) (head uint16) {
 
 func (r *ring) publish() {
 	if r.drv.Publish() {
-		signal(r.kick)
+		loop.Signal(r.kick)
 	}
 }
 

@@ -46,7 +46,7 @@ func Tasks(t *testing.T) func(func(*blk.Task)) {
 type idle struct{}
 
 func (idle) Work() bool { return false }
-func (idle) Publish()   {}
+func (idle) Publish() bool { return false }
 func (idle) Poll() bool { return false }
 func (idle) Arm() bool  { return false }
 func (idle) Disarm()    {}
