@@ -44,20 +44,27 @@ var tours = []struct {
 }{
 	{
 		"raw with holes", rawSource, []stop{
-			qcow2Target(), {args: []string{"--format", "raw"}}, qcow2Target("--cluster-size", "512"),
-			qcow2Target("--compression", "zstd"), {args: []string{"--format", "raw", "--preallocation", "falloc"}, fat: true}, qcow2Target("--verify"),
+			qcow2Target(),
+			{args: []string{"--format", "raw"}},
+			qcow2Target("--cluster-size", "512"),
+			qcow2Target("--compression", "zstd"),
+			{args: []string{"--format", "raw", "--preallocation", "falloc"}, fat: true},
+			qcow2Target("--verify"),
 		},
 	},
 	{
 		"compressed", theirSource(plain(func(v *variant) { v.compression = "zstd" })), []stop{
 			qcow2Target("--cluster-size", "2M", "--compression", "zlib"), qcow2Target("--lazy-refcounts", "--cluster-size", "4K"),
-			{args: []string{"--format", "qcow2", "--preallocation", "metadata"}, fat: true}, {args: []string{"--format", "raw"}},
+			{args: []string{"--format", "qcow2", "--preallocation", "metadata"}, fat: true},
+			{args: []string{"--format", "raw"}},
 		},
 	},
 	{
 		"subclusters", theirSource(plain(func(v *variant) { v.extended = true; v.cluster = 128 << 10 })), []stop{
-			qcow2Target("--granularity", "4K"), {args: []string{"--format", "qcow2", "--preallocation", "full"}, fat: true},
-			{args: []string{"--format", "raw", "--preallocation", "full"}, fat: true}, qcow2Target(),
+			qcow2Target("--granularity", "4K"),
+			{args: []string{"--format", "qcow2", "--preallocation", "full"}, fat: true},
+			{args: []string{"--format", "raw", "--preallocation", "full"}, fat: true},
+			qcow2Target(),
 		},
 	},
 	{
@@ -77,7 +84,8 @@ var tours = []struct {
 	},
 	{
 		"data file", theirSource(plain(func(v *variant) { v.data = "cooked" })), []stop{
-			{existing: []string{"-f", "raw"}, args: []string{"--format", "raw"}}, {existing: []string{"-f", "qcow2", "-o", "extended_l2=on"}, args: []string{"--format", "qcow2"}},
+			{existing: []string{"-f", "raw"}, args: []string{"--format", "raw"}},
+			{existing: []string{"-f", "qcow2", "-o", "extended_l2=on"}, args: []string{"--format", "qcow2"}},
 			{existing: []string{"-f", "qcow2", "-o", "compat=0.10,cluster_size=512"}, args: []string{"--format", "qcow2", "--verify"}},
 			{existing: []string{"-f", "qcow2", "-o", "refcount_bits=1"}, args: []string{"--format", "qcow2"}},
 		},
@@ -141,8 +149,10 @@ func middleSource(t *testing.T, rng *rand.Rand, m *model) (path, format string) 
 		path string
 		op
 	}{
-		{middle, op{kind: write, off: 1 << 20, n: 100 << 10, fill: 7}}, {middle, op{kind: zero, off: 2 << 20, n: 300 << 10}},
-		{top, op{kind: write, off: 5 << 20, n: 3 << 9, fill: 9}}, {top, op{kind: zeroUnmap, off: 64 << 10, n: 128 << 10}},
+		{middle, op{kind: write, off: 1 << 20, n: 100 << 10, fill: 7}},
+		{middle, op{kind: zero, off: 2 << 20, n: 300 << 10}},
+		{top, op{kind: write, off: 5 << 20, n: 3 << 9, fill: 9}},
+		{top, op{kind: zeroUnmap, off: 64 << 10, n: 128 << 10}},
 	} {
 		modify(t, c.path, []string{m.command(c.op)})
 		m.apply(c.op)

@@ -122,8 +122,10 @@ func unfit(req *control.CopyRequest, r job.Record) string {
 		set  bool
 		name string
 	}{
-		{req.ClusterSize != 0, "a cluster size"}, {req.LazyRefcounts, "lazy reference counts"},
-		{req.Compression != "", "compression"}, {r.Base != "", "a base"},
+		{req.ClusterSize != 0, "a cluster size"},
+		{req.LazyRefcounts, "lazy reference counts"},
+		{req.Compression != "", "compression"},
+		{r.Base != "", "a base"},
 	} {
 		if p.set {
 			chosen = append(chosen, p.name)
