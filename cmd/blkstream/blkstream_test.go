@@ -118,7 +118,11 @@ func (f *fakeDaemon) Copy(_ context.Context, r *control.CopyRequest) (*control.J
 	if _, err := f.disk(r, r.Disk); err != nil {
 		return nil, err
 	}
-	return fakeJob(nil), nil
+	return fakeJob(func(j *control.Job) {
+		if r.Target == "/c.img" {
+			j.Message = "not copied: 1 internal snapshots"
+		}
+	}), nil
 }
 
 func (f *fakeDaemon) Stream(_ context.Context, r *control.StreamRequest) (*control.Job, error) {
@@ -279,7 +283,10 @@ func TestExitStatus(t *testing.T) {
 		{args: "copy disk0 /b.img --switch never", status: 2, stderr: "want one of manual, auto"},
 		{args: "copy disk0 /b.img --on-target-error ignore", status: 2, stderr: "want one of stop, report, enospc"},
 		{args: "copy disk0 /b.img --speed fast", status: 2, stderr: `bad size "fast"`},
-		{args: "copy disk0 /b.img --wait", events: []*control.Job{state("running"), state("paused"), state("ready")}, stdout: "switch with: blkstream switch disk0\n", stderr: "copy-1: bulk 30%"},
+		{args: "copy disk0 /c.img", stdout: "job watch copy-1\nnot copied: 1 internal snapshots\n"},
+		{args: "copy disk0 /b.img --wait", events: []*control.Job{state("running"), state("paused"), fakeJob(func(j *control.Job) {
+			j.State, j.Message = "ready", "finish with: blkstream switch disk0; not copied: 1 internal snapshots"
+		})}, stdout: "is mirrored to /images/b.img\nfinish with: blkstream switch disk0; not copied: 1 internal snapshots\n", stderr: "copy-1: bulk 30%"},
 		{args: "copy disk0 /b.img --wait", events: []*control.Job{state("failed")}, status: 3, stderr: "blkstream: job copy-1: failed"},
 		{args: "copy disk0 /b.img --wait --switch auto", events: []*control.Job{
 			fakeJob(func(j *control.Job) { j.State, j.SwitchMode = "ready", "auto" }),

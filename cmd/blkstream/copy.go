@@ -80,7 +80,11 @@ func onlyTheEnd(*control.Job) bool { return false }
 // jobStarted says that a job was started or, with wait, follows it until it is over or enough says so.
 func (a *app) jobStarted(ctx context.Context, c *control.Client, job *control.Job, wait bool, enough func(*control.Job) bool) error {
 	if !wait {
-		return a.say(toJSONJob(job), "job %s started; follow it with: blkstream job watch %s", job.Id, job.Id)
+		err := a.say(toJSONJob(job), "job %s started; follow it with: blkstream job watch %s", job.Id, job.Id)
+		if job.Message != "" && !a.json {
+			fmt.Fprintln(a.out, job.Message)
+		}
+		return err
 	}
 	job, err := a.follow(ctx, c, job.Id, a.progress(a.err), enough)
 	if a.json && job != nil {
@@ -95,8 +99,7 @@ func (a *app) jobStarted(ctx context.Context, c *control.Client, job *control.Jo
 // printOutcome says what a job that went well came to.
 func (a *app) printOutcome(job *control.Job) {
 	if job.State == stateReady {
-		fmt.Fprintf(a.out, "job %s is ready: %s is mirrored to %s\nswitch with: blkstream switch %s\n",
-			job.Id, job.Disk, job.Target, job.Disk)
+		fmt.Fprintf(a.out, "job %s is ready: %s is mirrored to %s\n%s\n", job.Id, job.Disk, job.Target, job.Message)
 		return
 	}
 	if job.Kind == "commit" || job.Kind == kindBackup {

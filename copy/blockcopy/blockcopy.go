@@ -233,9 +233,11 @@ func (c *copier) bulk(ctx context.Context) error {
 		k       kind
 		blank   = c.Blank && c.Base == 0
 		state   = c.filter.State
+		unit    = c.unit()
 	)
 	at = state.Bulk()
 	return c.copyAll(ctx, func(limit int64) (piece, error) {
+		limit = max(limit&^(unit-1), unit)
 		for at < c.size {
 			if at >= end {
 				var err error
@@ -284,8 +286,15 @@ func (c *copier) kindOf(e blk.Extent) kind {
 	}
 }
 
-// extent finds out up to where the source is of one kind, in whole blocks. A block that is of several kinds counts as
-// data.
+// unit is what the bulk stage copies at least: whole blocks, and of those as many as are compressed as one.
+func (c *copier) unit() int64 {
+	if c.Pack == nil {
+		return c.opts.Granularity
+	}
+	return max(c.opts.Granularity, c.PackUnit)
+}
+
+// extent finds out up to where the source is of one kind, in whole units. One that is of several kinds counts as data.
 func (c *copier) extent(t *blk.Task, at int64) (end int64, k kind, err error) {
 	e, err := c.filter.Source().Map(t, at, c.size-at)
 	if err != nil {
@@ -297,18 +306,18 @@ func (c *copier) extent(t *blk.Task, at int64) (end int64, k kind, err error) {
 			return 0, 0, err
 		}
 	}
-	g := c.opts.Granularity
+	unit := c.unit()
 	end = at + e.Len
 	if k != kindData {
 		if end < c.size {
-			end &^= g - 1
+			end &^= unit - 1
 		}
 		if end > at {
 			return end, k, nil
 		}
-		return at + g, kindData, nil
+		return (at + unit) &^ (unit - 1), kindData, nil
 	}
-	return (end + g - 1) &^ (g - 1), kindData, nil
+	return (end + unit - 1) &^ (unit - 1), kindData, nil
 }
 
 // shared looks whether the target shows the base too where the source does. It holds something of its own there if it

@@ -229,6 +229,46 @@ func TestHoles(t *testing.T) {
 	}
 }
 
+// All units that hold anything are compressed, each once and whole, be they larger than what the pace or the speed allows
+// at once, and whatever holes they have.
+func TestPack(t *testing.T) {
+	const size = 16<<20 + 512
+	for _, unit := range []int64{512, 64 << 10, 2 << 20} {
+		source, target := image(t, memDir(t), size, false), blktest.NewMemory(size)
+		want := make([]byte, size)
+		for _, off := range []int64{0, 3<<20 + 8192, 6<<20 - 512, 7 << 20, 15 << 20, size - 4096} {
+			n := copy(want[off:min(off+100<<10, size)], pattern(uint64(off), 100<<10))
+			put(t, source, off, want[off:off+int64(n)])
+		}
+		put(t, source, 9<<20, make([]byte, 3<<20)) // allocated zeros
+		r := newRig(t, source, target)
+		r.setup.Blank, r.setup.PackUnit = true, unit
+		var mu sync.Mutex
+		packed := map[int64]int{}
+		r.setup.Pack = func(t *blk.Task, off int64, data []byte) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if packed[off]++; off%unit != 0 || int64(len(data)) != unit {
+				return fmt.Errorf("%d bytes at %d: %w", len(data), off, blk.ErrInvalid)
+			}
+			return blk.Do(t, target, &blk.Request{Op: blk.OpWrite, Off: off, Len: unit, Data: blk.BytesVec(nil, data)})
+		}
+		r.over(r.start(func(rec *job.Record) {
+			rec.SwitchMode, rec.Granularity, rec.Speed = "auto", 4096, 16<<20
+		}))
+		r.equal("the target", get(t, target, size), want)
+		for off := int64(0); off+unit <= size; off += unit {
+			times := 1
+			if blk.IsZero(want[off : off+unit]) {
+				times = 0
+			}
+			if packed[off] != times {
+				t.Fatalf("units of %d: the one at %d was compressed %d times, want %d", unit, off, packed[off], times)
+			}
+		}
+	}
+}
+
 func blocks(t *testing.T, n blk.Node) int64 {
 	t.Helper()
 	st, err := os.Stat(n.Info().Name)

@@ -90,6 +90,9 @@ func (c *copier) copyPiece(t *blk.Task, p piece) (err error) {
 				return err
 			}
 		}
+		if n, k, err = c.toPack(t, p, off, end, n, k); err != nil {
+			return err
+		}
 		switch k {
 		case kindShared:
 		case kindHole:
@@ -104,6 +107,28 @@ func (c *copier) copyPiece(t *blk.Task, p piece) (err error) {
 		off += n
 	}
 	return nil
+}
+
+// toPack cuts what begins at off to whole units, where such are to be compressed. One that is of data and holes is data
+// to its end; one of which the base holds a part is left as it is.
+func (c *copier) toPack(t *blk.Task, p piece, off, end, n int64, k kind) (int64, kind, error) {
+	if !c.packing(p) || k == kindShared || off%c.PackUnit != 0 || end-off < c.PackUnit {
+		return n, k, nil
+	}
+	if n >= c.PackUnit {
+		return n &^ (c.PackUnit - 1), k, nil
+	}
+	for at := off + n; c.Base > 0 && at < off+c.PackUnit; {
+		e, err := c.filter.Source().Map(t, at, off+c.PackUnit-at)
+		if err != nil {
+			return 0, 0, &sourceError{err}
+		}
+		if c.kindOf(e) == kindShared {
+			return n, k, nil
+		}
+		at += e.Len
+	}
+	return c.PackUnit, kindData, nil
 }
 
 const (
@@ -125,12 +150,16 @@ func (c *copier) copyData(t *blk.Task, p piece, off, n int64) error {
 		return &sourceError{err}
 	}
 	for b := buf.B; len(b) > 0; {
-		l, zero := run(b)
+		part := b
+		if c.packing(p) { // one unit after the other
+			part = b[:min(int64(len(b)), c.PackUnit-off%c.PackUnit)]
+		}
+		l, zero := run(part)
 		var err error
 		switch {
-		case c.packs(p, off, b, l, zero):
-			l = int(c.PackUnit)
-			err = c.Pack(t, off, b[:l])
+		case c.packing(p) && int64(len(part)) == c.PackUnit && !(zero && l == len(part)):
+			l = len(part)
+			err = c.Pack(t, off, part)
 		case zero:
 			err = c.zero(t, p, off, int64(l))
 		default:
@@ -144,11 +173,8 @@ func (c *copier) copyData(t *blk.Task, p piece, off, n int64) error {
 	return nil
 }
 
-// packs reports whether b begins with a unit to be compressed, one that is not all zeros: its first l bytes are of one
-// kind.
-func (c *copier) packs(p piece, off int64, b []byte, l int, zero bool) bool {
-	return c.Pack != nil && p.bulk && off%c.PackUnit == 0 && int64(len(b)) >= c.PackUnit && !(zero && int64(l) >= c.PackUnit)
-}
+// packing reports whether whole units of the piece are compressed.
+func (c *copier) packing(p piece) bool { return c.Pack != nil && p.bulk }
 
 // run is the length of the run of units at the start of b that are all zero, or all not.
 func run(b []byte) (n int, zero bool) {

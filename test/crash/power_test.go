@@ -10,6 +10,7 @@ package crash
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -237,10 +238,12 @@ func (m *machine) options() image.Options {
 	return image.Options{Storage: m.p.storage, Barrier: m.g.Barrier}
 }
 
+// random makes up data in which no two sectors are the same, and which can be compressed.
 func (m *machine) random(n int64) []byte {
-	b := make([]byte, n)
-	for i := range b {
-		b[i] = byte(m.rng.Uint32())
+	var b []byte
+	for ; n > 0; n -= blk.SectorSize {
+		word := binary.LittleEndian.AppendUint64(nil, m.rng.Uint64())
+		b = append(b, bytes.Repeat(word, int(min(n, blk.SectorSize)/8))...)
 	}
 	return b
 }
@@ -585,23 +588,46 @@ func TestCommitActive(t *testing.T) {
 }
 
 func TestCopy(t *testing.T) {
-	for _, format := range []string{image.Raw, image.Qcow2} {
-		t.Run(format, func(t *testing.T) {
-			m := newMachine(t, 2, image.Raw)
+	for _, c := range []struct {
+		name, format string
+		pack         bool
+		base         int // of the chain
+	}{
+		{name: "raw", format: image.Raw},
+		{name: "qcow2", format: image.Qcow2},
+		{name: "compressed", format: image.Qcow2, pack: true},
+		{name: "over a base", format: image.Qcow2, base: 2},
+		{name: "compressed over a base", format: image.Qcow2, pack: true, base: 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m := newMachine(t, 3, image.Raw)
 			m.guest(10)
-			to := layer{filepath.Join(m.dir, "target"), format}
-			m.make(to, layer{}, diskSize)
+			to, behind := layer{filepath.Join(m.dir, "target"), c.format}, layer{}
+			if c.base > 0 {
+				b := m.img.Chain[c.base]
+				behind = layer{b.Path, b.Format}
+			}
+			m.make(to, behind, diskSize)
 			target, err := image.Open(blk.NewTask(), to.path, to.format, m.options())
 			m.must(err)
 			s := blockcopy.Setup{
-				Graph: m.g, Target: target.Root, Blank: true,
+				Graph: m.g, Target: target.Root, Blank: true, Base: uint16(c.base),
 				Commit:  func() error { m.record(to); return nil },
 				Release: func(blk.Node) error { old := m.img; m.img = target; return old.Close() },
+			}
+			if n, ok := target.Root.(*qcow2.Node); c.pack && ok {
+				s.Pack, s.PackUnit = n.WriteCompressed, target.Chain[0].Header.ClusterSize()
 			}
 			m.under(60, func() {
 				m.run(job.Options{}, func(ctx context.Context, j *job.Job) error { return blockcopy.Run(ctx, j, s) })
 			})
 			m.check()
+			if !c.pack || t.Failed() {
+				return
+			}
+			if r, err := qcow2.Check(blk.NewTask(), m.p.disks[to.path], qcow2.RepairNone); err != nil || r.CompressedClusters == 0 {
+				t.Errorf("nothing was compressed: %+v, %v", r, err)
+			}
 		})
 	}
 }

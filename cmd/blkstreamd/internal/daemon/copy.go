@@ -82,11 +82,8 @@ func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error)
 	if k.spec.Lock == lockRunning && r.Format != image.Raw {
 		return nil, r, control.Errorf(control.ErrPrecondition, "disk %q has lock = %q, which is for raw images", req.Disk, lockRunning)
 	}
-	if req.Existing && (req.ClusterSize != 0 || req.LazyRefcounts || req.Compression != "" || req.Preallocation != "") {
-		return fail("the properties of an existing target cannot be chosen")
-	}
-	if p := req.Preallocation; req.Compression != "" && p != "" && p != "off" {
-		return fail("preallocation %s of what is to be compressed: take one of the two", p)
+	if why := unfit(req, r); why != "" {
+		return fail("%s", why)
 	}
 	if r.SwitchMode != "manual" && r.SwitchMode != "auto" {
 		return fail("switch mode %q: it is manual or auto", r.SwitchMode)
@@ -112,7 +109,48 @@ func (d *Daemon) copyRecord(req *control.CopyRequest) (*disk, job.Record, error)
 	if err := config.CheckRoots(r.Target, d.file.Daemon.ImageRoots); err != nil {
 		return fail("%w", err)
 	}
-	return k, r, d.unused(r.Target)
+	if err := d.unused(r.Target); err != nil || !r.Existing {
+		return k, r, err
+	}
+	return k, r, d.behindNone(r.Target)
+}
+
+// unfit says what does not go with the rest of what the user asks for, and what does.
+func unfit(req *control.CopyRequest, r job.Record) string {
+	var chosen []string
+	for _, p := range []struct {
+		set  bool
+		name string
+	}{
+		{req.ClusterSize != 0, "a cluster size"},
+		{req.LazyRefcounts, "lazy reference counts"},
+		{req.Compression != "", "compression"},
+		{r.Base != "", "a base"},
+	} {
+		if p.set {
+			chosen = append(chosen, p.name)
+		}
+	}
+	given := req.Preallocation
+	if given == "off" {
+		given = ""
+	}
+	made := req.ClusterSize != 0 || req.LazyRefcounts || req.Compression != "" || req.Preallocation != ""
+	switch {
+	case r.Base != "" && !filepath.IsAbs(r.Base):
+		return fmt.Sprintf("base %q: give an absolute path", r.Base)
+	case req.Existing && made:
+		return "the properties of an existing target cannot be chosen: leave them out, or let the copy make another target"
+	case r.Format == image.Raw && len(chosen) > 0:
+		return fmt.Sprintf("a raw target cannot have %s: take format qcow2, or leave that out", strings.Join(chosen, ", "))
+	case r.Format == image.Raw && given == "metadata":
+		return "a raw target has no metadata to preallocate: take preallocation falloc or full, or format qcow2"
+	case req.Compression != "" && given != "":
+		return fmt.Sprintf("preallocation %s of what is to be compressed: take one of the two", given)
+	case r.Base != "" && given != "":
+		return fmt.Sprintf("preallocation %s would hide the base: leave out one of the two", given)
+	}
+	return ""
 }
 
 // unused refuses a target that is a disk's image or another job's target.
@@ -293,7 +331,8 @@ func checkTarget(k *disk, source, target *image.Image, r job.Record, s *blockcop
 		return err
 	}
 	if len(target.Chain) < 2 || !sameFile(target.Chain[1].Path, source.Chain[base].Path) {
-		return control.Errorf(control.ErrInvalid, "%s does not lie over the base %s", r.Target, r.Base)
+		return control.Errorf(control.ErrInvalid, "%s does not lie over the base %s: let the copy make the target, or make it with "+
+			"`blkstream image create -b %[2]s -F %s`", r.Target, r.Base, source.Chain[base].Format)
 	}
 	s.Base = uint16(base)
 	return nil

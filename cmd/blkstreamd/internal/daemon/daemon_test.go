@@ -642,6 +642,7 @@ func TestCopyRefused(t *testing.T) {
 		{&control.CopyRequest{Id: "../x"}, control.ErrInvalid},
 		{&control.CopyRequest{Id: "copy-disk0-1"}, control.ErrExists},
 		{&control.CopyRequest{Existing: true, Preallocation: "full"}, control.ErrInvalid},
+		{&control.CopyRequest{Base: "a.img"}, control.ErrInvalid},
 	} {
 		if r.req.Disk == "" {
 			r.req.Disk = "disk0"

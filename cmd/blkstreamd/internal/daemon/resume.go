@@ -46,6 +46,9 @@ const (
 	stampEvery = 250 * time.Millisecond
 )
 
+// memory is where the files are. Tests change it.
+var memory = "/dev/shm"
+
 // stampSlack is how much younger than the last stamp a file may be that the dead daemon wrote. Tests change it.
 var stampSlack = 3 * time.Second
 
@@ -89,7 +92,7 @@ func (d *Daemon) copyPath(id string) string { return copyPath(d.file.Daemon.Stat
 // copyPath is the file of a job of the daemon with this state directory.
 func copyPath(stateDir, id string) string {
 	sum := sha256.Sum256([]byte(stateDir))
-	return fmt.Sprintf("/dev/shm/blkstream-%x-%s", sum[:8], id)
+	return filepath.Join(memory, fmt.Sprintf("blkstream-%x-%s", sum[:8], id))
 }
 
 // newCopyState is for a copy that begins.

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/blk/mirror"
@@ -67,11 +69,17 @@ func (b *bed) copied() (all []int64) {
 // spoil writes into blocks of the target, so that one can see which of them are copied again.
 func (b *bed) spoil(path, format string, blocks []int64) {
 	b.Helper()
+	b.mark(path, format, blocks, 0xee)
+}
+
+// mark writes the first sector of blocks of an image that nobody uses.
+func (b *bed) mark(path, format string, blocks []int64, x byte) {
+	b.Helper()
 	t := blk.NewTask()
 	img, err := image.Open(t, path, format, image.Options{})
 	b.must(err)
 	for _, off := range blocks {
-		b.must(blk.Do(t, img.Root, &blk.Request{Op: blk.OpWrite, Off: off, Len: 512, Data: blk.BytesVec(nil, bytes.Repeat([]byte{0xee}, 512))}))
+		b.must(blk.Do(t, img.Root, &blk.Request{Op: blk.OpWrite, Off: off, Len: 512, Data: blk.BytesVec(nil, bytes.Repeat([]byte{x}, 512))}))
 	}
 	b.must(img.Close())
 }
@@ -135,13 +143,18 @@ func (b *bed) job(c *control.Client) *control.Job {
 func TestCopyGoesOn(t *testing.T) {
 	for _, c := range []struct {
 		name, source, target string
-		dies                 bool
+		dies, forgets        bool
 		req                  *control.CopyRequest
 	}{
 		{name: "raw stops", source: image.Raw, target: image.Raw, req: &control.CopyRequest{}},
 		{name: "raw dies", source: image.Raw, target: image.Raw, dies: true, req: &control.CopyRequest{}},
 		{name: "qcow2 dies", source: image.Raw, target: image.Qcow2, dies: true, req: &control.CopyRequest{Compression: "zstd"}},
 		{name: "existing dies", source: image.Qcow2, target: image.Qcow2, dies: true, req: &control.CopyRequest{Existing: true, Verify: true}},
+		// Of these, the first blocks and the last ones are held by the base only.
+		{name: "over a base stops", source: image.Qcow2, target: image.Qcow2, req: &control.CopyRequest{Base: "base"}},
+		{name: "over a base dies", source: image.Qcow2, target: image.Qcow2, dies: true, req: &control.CopyRequest{Base: "base", Compression: "zstd"}},
+		{name: "existing over a base dies", source: image.Qcow2, target: image.Qcow2, dies: true, req: &control.CopyRequest{Base: "base", Existing: true}},
+		{name: "over a base forgets", source: image.Qcow2, target: image.Qcow2, dies: true, forgets: true, req: &control.CopyRequest{Base: "base"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			b := newBed(t)
@@ -149,12 +162,20 @@ func TestCopyGoesOn(t *testing.T) {
 			source, target := b.full("source"), b.path("target")
 			if c.source == image.Qcow2 {
 				b.must(os.Rename(source, b.path("base")))
-				b.must(image.Create(t.Context(), source, image.CreateOptions{Format: image.Qcow2, CreateOptions: qcow2.CreateOptions{
-					Size: diskSize, BackingFile: b.path("base"), BackingFormat: image.Raw,
-				}}))
+				b.overlay("source", b.path("base"))
+			}
+			if c.req.Base != "" {
+				c.req.Base = b.path(c.req.Base)
+				var above []int64
+				for off := int64(4 * copyBlock); off < diskSize-4*copyBlock; off += copyBlock {
+					above = append(above, off)
+				}
+				b.mark(source, c.source, above, 0xaa)
 			}
 			if c.req.Existing {
-				b.must(image.Create(t.Context(), target, image.CreateOptions{Format: c.target, CreateOptions: qcow2.CreateOptions{Size: diskSize}}))
+				b.must(image.Create(t.Context(), target, image.CreateOptions{Format: c.target, CreateOptions: qcow2.CreateOptions{
+					Size: diskSize, BackingFile: c.req.Base, BackingFormat: strings.Repeat(image.Raw, min(len(c.req.Base), 1)),
+				}}))
 				b.spoil(target, c.target, []int64{0, copyBlock, diskSize - copyBlock})
 			}
 			f := b.load("", strings.Replace(b.disk("disk0", source), `"raw"`, `"`+c.source+`"`, 1))
@@ -180,6 +201,22 @@ func TestCopyGoesOn(t *testing.T) {
 				t.Error("a block that the guest has written counts as copied")
 			}
 			b.spoil(target, c.target, copied)
+			if c.forgets {
+				b.must(os.Remove(b.bits()))
+				b.spoil(target, c.target, []int64{diskSize - copyBlock})
+				d, client = b.start(f)
+				if j := b.job(client); !strings.Contains(j.Message, "started again from the beginning") {
+					t.Errorf("after a restart: %v", j)
+				}
+				b.write("disk0", 2)
+				b.resumeAndSwitch(client)
+				b.holds("disk0", 2)
+				b.stop(d)
+				if bad := b.differ(source, c.source, target, c.target); len(bad) > 0 {
+					t.Errorf("the images differ in %v", bad)
+				}
+				return
+			}
 
 			d, client = b.start(f)
 			j := b.job(client)
@@ -312,6 +349,18 @@ func TestCopyBeginsAgain(t *testing.T) {
 		{"nothing is known", func() { b.must(os.Remove(b.path("state/copies/j.json"))) }},
 		{"no such file", func() { b.must(os.Remove(b.bits())) }},
 		{"others may write to it", func() { b.must(os.Chmod(b.bits(), 0o622)) }},
+		{"others may write to it", func() {
+			if os.Geteuid() != 0 {
+				b.Skip("only root can give a file away")
+			}
+			b.must(os.Chown(b.bits(), 65534, -1))
+		}},
+		{"symbolic links", func() {
+			elsewhere := b.bits() + ".elsewhere"
+			b.must(os.Rename(b.bits(), elsewhere))
+			b.Cleanup(func() { os.Remove(elsewhere) })
+			b.must(os.Symlink(elsewhere, b.bits()))
+		}},
 		{"is a directory", func() { b.must(os.Remove(b.bits())); b.must(os.Mkdir(b.bits(), 0o700)) }},
 	} {
 		t.Run(c.why, func(t *testing.T) {
@@ -342,4 +391,107 @@ func TestCopyBeginsAgain(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A copy whose state finds no room in memory, or no memory to lie in, is made without it.
+func TestCopyWithoutState(t *testing.T) {
+	for _, c := range []struct {
+		name, why string
+		prepare   func(b *bed, dir string)
+	}{
+		{"full", "no space left", func(b *bed, dir string) {
+			b.must(os.Mkdir(dir, 0o700))
+			if err := unix.Mount("none", dir, "tmpfs", 0, "size=4k"); err != nil {
+				b.Skipf("no file system can be mounted here: %v", err)
+			}
+			b.Cleanup(func() { b.must(unix.Unmount(dir, unix.MNT_DETACH)) })
+			b.must(os.WriteFile(filepath.Join(dir, "other"), make([]byte, 4096), 0o600))
+		}},
+		{"on a disk", "not on tmpfs", func(b *bed, dir string) { b.must(os.Mkdir(dir, 0o700)) }},
+		{"missing", "no such file", func(*bed, string) {}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := newBed(t)
+			old := memory
+			memory = b.path("memory")
+			t.Cleanup(func() { memory = old })
+			c.prepare(b, memory)
+			source, target := b.full("source"), b.path("target")
+			f := b.load("", b.disk("disk0", source))
+			d, client := b.start(f)
+			_, err := client.Copy(t.Context(), &control.CopyRequest{Id: "j", Disk: "disk0", Target: target, Speed: 1 << 20})
+			b.must(err)
+			for b.job(client).BytesDone == 0 {
+				time.Sleep(5 * time.Millisecond)
+			}
+			if log := b.log.String(); !strings.Contains(log, "begins again if the daemon dies") || !strings.Contains(log, c.why) {
+				t.Errorf("the log has no %q: %s", c.why, log)
+			}
+			b.write("disk0", 1)
+			for _, pattern := range []string{filepath.Join(memory, "blkstream-*"), b.path("state/copies/*")} {
+				if left, err := filepath.Glob(pattern); err != nil || len(left) > 0 {
+					t.Errorf("left behind: %v, %v", left, err)
+				}
+			}
+			b.stop(d)
+			d, client = b.start(f)
+			if j := b.job(client); !strings.Contains(j.Message, "started again from the beginning") || !strings.Contains(j.Message, "nothing is known") {
+				t.Errorf("after a restart: %v", j)
+			}
+			b.write("disk0", 2)
+			b.resumeAndSwitch(client)
+			b.holds("disk0", 2)
+			b.stop(d)
+			if bad := b.differ(source, image.Raw, target, image.Raw); len(bad) > 0 {
+				t.Errorf("the images differ in %v", bad)
+			}
+		})
+	}
+}
+
+// What belongs to no job that goes on is gone when the daemon has started, and nothing else.
+func TestCopyLeftovers(t *testing.T) {
+	b := newBed(t)
+	source, target := b.full("source"), b.path("target")
+	f := b.load("", b.disk("disk0", source))
+	d, c := b.start(f)
+	b.move(c, "disk0", b.path("first")) // copy-disk0-1 is completed
+	_, err := c.Copy(t.Context(), &control.CopyRequest{Id: "j", Disk: "disk0", Target: target})
+	b.must(err)
+	b.wait(c, "j", job.StateReady)
+	b.stop(d)
+
+	state := b.path("state")
+	gone := []string{
+		filepath.Join(state, copyKind, "dismissed.json"), copyPath(state, "dismissed"),
+		filepath.Join(state, copyKind, "copy-disk0-1.json"), copyPath(state, "copy-disk0-1"),
+		filepath.Join(state, copyKind, "half.json.new"),
+	}
+	stay := []string{
+		filepath.Join(state, copyKind, "j.json"), b.bits(),
+		copyPath(b.path("another"), "dismissed"), // of a daemon with another state directory
+	}
+	for _, path := range append(slices.Clone(gone), stay[2:]...) {
+		b.must(os.WriteFile(path, []byte("x"), 0o600))
+		t.Cleanup(func() { os.Remove(path) })
+	}
+	d, c = b.start(f)
+	for _, path := range gone {
+		if exists(path) {
+			t.Errorf("%s is still there", path)
+		}
+	}
+	for _, path := range stay {
+		if !exists(path) {
+			t.Errorf("%s is gone", path)
+		}
+	}
+	if j := b.wait(c, "j", job.StateReady); !strings.Contains(j.Message, "goes on where it was") && j.BytesDone != diskSize {
+		t.Errorf("after a restart: %v", j)
+	}
+	b.resumeAndSwitch(c)
+	if exists(b.bits()) {
+		t.Error("a copy that is over left its state in memory")
+	}
+	b.stop(d)
 }

@@ -3,15 +3,23 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/image"
+	"github.com/blkstream/blkstream/blk/qcow2"
 	"github.com/blkstream/blkstream/copy/control"
+	"github.com/blkstream/blkstream/copy/job"
 )
 
 // An image with tables must not be open in two places, so a disk that is only locked while it runs stays raw.
@@ -70,4 +78,120 @@ func TestCopySaysWhatItLeaves(t *testing.T) {
 		t.Errorf("after the switch: %q", r.Message)
 	}
 	b.stop(d)
+}
+
+// Options that do not go together are refused with what to do instead, and make nothing.
+func TestCopyOptionsRefused(t *testing.T) {
+	b := newBed(t)
+	base := b.image("base.img")
+	middle := b.qcow2("middle.qcow2", base, image.Raw)
+	top := b.qcow2("top.qcow2", middle, image.Qcow2)
+	alone := b.qcow2("alone.qcow2", "", "")
+	d, c := b.start(b.load("", b.qcow2Disk("disk0", top, "")))
+	target := b.path("target")
+	for _, r := range []struct {
+		req  *control.CopyRequest
+		kind error
+		want string
+	}{
+		{&control.CopyRequest{Format: image.Raw, Base: base}, control.ErrInvalid, "a base: take format qcow2"},
+		{&control.CopyRequest{Format: image.Raw, ClusterSize: 4096}, control.ErrInvalid, "a cluster size: take format qcow2"},
+		{&control.CopyRequest{Format: image.Raw, LazyRefcounts: true, Compression: "zstd"}, control.ErrInvalid, "lazy reference counts, compression: take format qcow2"},
+		{&control.CopyRequest{Format: image.Raw, Preallocation: "metadata"}, control.ErrInvalid, "take preallocation falloc or full, or format qcow2"},
+		{&control.CopyRequest{Base: base, Preallocation: "metadata"}, control.ErrInvalid, "leave out one of the two"},
+		{&control.CopyRequest{Base: "base.img"}, control.ErrInvalid, "give an absolute path"},
+		{&control.CopyRequest{Base: alone}, control.ErrInvalid, "what is: " + middle + ", " + base},
+		{&control.CopyRequest{Base: top}, control.ErrInvalid, "what is: " + middle + ", " + base},
+		{&control.CopyRequest{Target: alone, Existing: true, ClusterSize: 4096}, control.ErrInvalid, "let the copy make another target"},
+		{&control.CopyRequest{Target: alone, Existing: true, Base: middle}, control.ErrInvalid, "create -b " + middle + " -F qcow2"},
+		{&control.CopyRequest{Target: middle, Existing: true}, control.ErrPrecondition, `disk "disk0" reads from ` + middle},
+		{&control.CopyRequest{Target: base, Existing: true, Format: image.Raw}, control.ErrPrecondition, `disk "disk0" reads from ` + base},
+	} {
+		r.req.Disk = "disk0"
+		if r.req.Target == "" {
+			r.req.Target = target
+		}
+		_, err := c.Copy(t.Context(), r.req)
+		b.wants(err, r.kind, r.want)
+		if exists(target) {
+			t.Fatalf("%v left a target", r.req)
+		}
+	}
+	b.stop(d)
+}
+
+// A target that is full pauses the copy, in whichever stage, and is not the guest's business. When there is room the copy
+// goes on to its end.
+func TestCopyFullTarget(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		size string // of the target's file system: room for nothing like half of the disk, or for a little more
+		req  *control.CopyRequest
+	}{
+		{"raw, bulk", "size=1m", &control.CopyRequest{Format: image.Raw}},
+		{"qcow2, bulk", "size=1m", &control.CopyRequest{Format: image.Qcow2}},
+		{"small clusters, bulk", "size=1m", &control.CopyRequest{Format: image.Qcow2, ClusterSize: 512}},
+		{"compressed, bulk", "size=1m", &control.CopyRequest{Format: image.Qcow2, Compression: "zlib"}},
+		{"raw, mirror", "size=2560k", &control.CopyRequest{Format: image.Raw}},
+		{"qcow2, mirror", "size=3m", &control.CopyRequest{Format: image.Qcow2}},
+		{"compressed, mirror", "size=3m", &control.CopyRequest{Format: image.Qcow2, Compression: "zstd"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := newBed(t)
+			dir := b.path("small")
+			b.must(os.Mkdir(dir, 0o700))
+			if err := unix.Mount("none", dir, "tmpfs", 0, c.size); err != nil {
+				t.Skipf("no file system can be mounted here: %v", err)
+			}
+			t.Cleanup(func() { b.must(unix.Unmount(dir, unix.MNT_DETACH)) })
+			noise := make([]byte, diskSize/2)
+			for i := range noise {
+				noise[i] = byte(rand.Uint32())
+			}
+			source := b.image("source")
+			f, err := os.OpenFile(source, os.O_WRONLY, 0)
+			b.must(err)
+			_, err = f.WriteAt(noise, 0)
+			b.must(errors.Join(err, f.Close()))
+			target := filepath.Join(dir, "target")
+			d, client := b.start(b.load("", b.disk("disk0", source)))
+			c.req.Id, c.req.Disk, c.req.Target = "j", "disk0", target
+			_, err = client.Copy(t.Context(), c.req)
+			b.must(err)
+			g := b.guest("disk0")
+			defer g.Close()
+			if c.size != "size=1m" {
+				b.wait(client, "j", job.StateReady)
+			}
+			for off := int64(0); off < diskSize/2; off += 64 << 10 {
+				_, err := g.WriteAt(noise[off:off+64<<10], diskSize/2+off)
+				b.must(err)
+			}
+			b.must(g.Flush())
+			if j := b.wait(client, "j", job.StatePaused); !strings.Contains(j.Error, "no space left") {
+				t.Errorf("a full target: %v", j)
+			}
+			_, err = g.WriteAt(noise[:4096], 4096)
+			b.must(err)
+			b.must(unix.Mount("none", dir, "tmpfs", unix.MS_REMOUNT, "size=16m"))
+			for j := b.job(client); j.State != job.StateReady; j = b.job(client) {
+				if j.State == job.StatePaused { // also by a piece that failed late
+					_, _ = client.JobResume(t.Context(), &control.JobResumeRequest{Id: "j"})
+				}
+				time.Sleep(5 * time.Millisecond)
+			}
+			_, err = client.Switch(t.Context(), &control.SwitchRequest{Target: "j"})
+			b.must(err)
+			b.stop(d)
+			if bad := b.differ(source, image.Raw, target, c.req.Format); len(bad) > 0 {
+				t.Errorf("the images differ in %v", bad)
+			}
+			if c.req.Format == image.Qcow2 {
+				r, err := image.Check(target, image.Qcow2, qcow2.RepairNone, nil)
+				if err != nil || r.Errors+r.Leaks > 0 {
+					t.Errorf("the target: %+v, %v", r, err)
+				}
+			}
+		})
+	}
 }
