@@ -90,7 +90,9 @@ func open(t *blk.Task, storage blk.Node, o Options) (*Node, error) {
 	if err := n.bits.load(t); err != nil {
 		return nil, err
 	}
-	if !o.ReadOnly { // the image file may have become longer
+	if !o.ReadOnly {
+		n.bits.written.Store(1) // who wrote to the file before may have died without a flush
+		// The image file may have become longer.
 		if err := grow(t, storage, h.Size+size); err != nil {
 			return nil, err
 		}
