@@ -181,6 +181,7 @@ func open(t *blk.Task, storage blk.Node, o Options) (*Node, error) {
 	if o.ReadOnly {
 		return n, nil
 	}
+	n.metaSeq.Store(1) // who wrote the tables before may have died without a flush
 	if err := n.loadRefTable(t); err != nil {
 		return nil, err
 	}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qcow2
+
+import (
+	"errors"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/blktest"
+)
+
+// hooked lets a test decide what becomes of a request: do carries it out.
+type hooked struct {
+	*blktest.Memory
+	hook atomic.Pointer[func(r *blk.Request, do func() error) error]
+}
+
+func (h *hooked) Do(t *blk.Task, r *blk.Request) error {
+	do := func() error { return h.Memory.Do(t, r) }
+	if hook := h.hook.Load(); hook != nil {
+		return (*hook)(r, do)
+	}
+	return do()
+}
+
+// checkNow has Check find no errors in what the storage holds at this moment, as if the program had been killed.
+func checkNow(t *testing.T, storage blk.Node) {
+	t.Helper()
+	if r, err := Check(blk.NewTask(), storage, RepairNone); err != nil || r.Errors > 0 {
+		t.Errorf("%+v, %v", r, err)
+	}
+}
+
+// TestFreeAtOnce: what a failed change of the tables gives up may still be what the storage points to. It is not freed
+// by somebody who repeats an earlier failed change at that moment.
+func TestFreeAtOnce(t *testing.T) {
+	const size, far = 256 << 10, 64 << 10 // clusters there have another table
+	m := blktest.NewMemory(0)
+	if err := Create(blk.NewTask(), m, CreateOptions{Size: size, ClusterSize: 512}); err != nil {
+		t.Fatal(err)
+	}
+	h := &hooked{Memory: m}
+	n := mustOpen(t, h, Options{Name: "test"})
+	writeAt(t, n, 0, pattern(1, 512))
+	writeAt(t, n, far, pattern(2, 512))
+	l1 := n.l1.Load()
+	first, second := l1.tables[0].Load().host, l1.tables[far>>n.l1Shift].Load().host
+
+	var linked, discarded, flushes atomic.Int64
+	atLink, atFlush := make(chan struct{}), [2]chan struct{}{make(chan struct{}), make(chan struct{})}
+	goLink, goFlush := make(chan struct{}), [2]chan struct{}{make(chan struct{}), make(chan struct{})}
+	hook := func(r *blk.Request, do func() error) error {
+		switch {
+		case r.Op == blk.OpWrite && r.Off == first && linked.Add(1) == 1:
+			close(atLink)
+			<-goLink
+			_ = do()
+			return syscall.EIO // and yet it was written
+		case r.Op == blk.OpWrite && r.Off == second && discarded.Add(1) == 1:
+			return syscall.EIO
+		case r.Op == blk.OpFlush:
+			if i := flushes.Add(1) - 1; i < 2 {
+				close(atFlush[i])
+				<-goFlush[i]
+			}
+		}
+		return do()
+	}
+	h.hook.Store(&hook)
+	run := func(r *blk.Request) chan error {
+		done := make(chan error, 1)
+		go func() { done <- blk.Do(blk.NewTask(), n, r) }()
+		return done
+	}
+	written := run(&blk.Request{Op: blk.OpWrite, Off: 10 * 512, Len: 512, Data: blk.BytesVec(nil, pattern(3, 512))})
+	<-atLink
+	flushed := run(&blk.Request{Op: blk.OpFlush})
+	<-atFlush[0]
+	if err := blk.Do(blk.NewTask(), n, &blk.Request{Op: blk.OpDiscard, Off: far, Len: 512}); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("the discard says %v", err)
+	}
+	close(goFlush[0])
+	<-atFlush[1] // the discard has been repeated
+	close(goLink)
+	if err := <-written; !errors.Is(err, syscall.EIO) {
+		t.Fatalf("the write says %v", err)
+	}
+	close(goFlush[1])
+	if err := <-flushed; err != nil {
+		t.Fatal(err)
+	}
+	checkNow(t, m)
+	mustClose(t, n)
+	checkClean(t, m.Bytes(), false)
+}
+
+// TestKilledUnsynced: what the program before wrote of the tables, and did not flush, does not count as durable. A write
+// with FUA in place is acknowledged only when it is.
+func TestKilledUnsynced(t *testing.T) {
+	path := diskImage(t, 1<<20, "")
+	storage := openFile(t, path, false, false)
+	killed := mustOpen(t, storage, Options{Name: path})
+	writeAt(t, killed, 0, pattern(1, 4096))
+	if err := storage.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n := mustOpen(t, openFile(t, path, false, false), Options{Name: path})
+	readAll(t, n) // loads the table
+	if e, ok := n.TryMap(blk.OpWrite, 0, 4096); !ok || !e.Unsynced {
+		t.Errorf("%+v, %v", e, ok)
+	}
+	mustDo(t, n, &blk.Request{Op: blk.OpFlush})
+	if e, ok := n.TryMap(blk.OpWrite, 0, 4096); !ok || e.Unsynced {
+		t.Errorf("after a flush: %+v, %v", e, ok)
+	}
+	mustClose(t, n)
+}
