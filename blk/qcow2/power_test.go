@@ -30,7 +30,9 @@ type history struct {
 type version struct {
 	begin  int   // point of the disk
 	end    int64 // by the clock: when the write had ended
+	acked  int   // point of the disk when the write had ended
 	forced int   // FUA: durable from this point on
+	failed bool  // it may be there, or what was there before
 	data   []byte
 }
 
@@ -67,9 +69,13 @@ func (h *history) change(t *testing.T, n blk.Node, r *blk.Request, b []byte) {
 			t.Errorf("read at %d: %v", r.Off, err)
 		}
 	}
-	v := version{begin: begin, end: h.clock.Add(1)}
+	h.add(r, b, version{begin: begin, end: h.clock.Add(1), acked: h.points()})
+}
+
+// add takes down what a request has changed.
+func (h *history) add(r *blk.Request, b []byte, v version) {
 	if r.Flags&blk.FUA != 0 {
-		v.forced = h.points()
+		v.forced = v.acked
 	}
 	for i := 0; i < len(b); i += blk.SectorSize {
 		v.data = b[i : i+blk.SectorSize]
@@ -100,18 +106,24 @@ func (h *history) matches(t *testing.T, at int, got []byte) {
 			flushed = max(flushed, f.begin)
 		}
 	}
+	h.holds(t, at, got, func(v version) bool { return v.end < flushed || v.forced > 0 && v.forced <= at })
+}
+
+// holds wants each sector to be what was written last of what is sure to be there, or anything that came later.
+func (h *history) holds(t *testing.T, at int, got []byte, sure func(version) bool) {
+	t.Helper()
 	for i, versions := range h.sectors[:len(got)/blk.SectorSize] {
 		b := got[i*blk.SectorSize:][:blk.SectorSize]
 		ok := false
 		for k := len(versions) - 1; k >= 0 && !ok; k-- {
 			v := versions[k]
 			ok = v.begin <= at && bytes.Equal(v.data, b)
-			if v.end < flushed || v.forced > 0 && v.forced <= at {
+			if !v.failed && sure(v) {
 				break // what came before is gone
 			}
 		}
 		if !ok {
-			t.Fatalf("cut at %d, flushed at time %d: sector %d holds %x…, of %d versions", at, flushed, i, b[:8], len(versions))
+			t.Fatalf("at %d of the disk's history: sector %d holds %x…, of %d versions", at, i, b[:8], len(versions))
 		}
 	}
 }
