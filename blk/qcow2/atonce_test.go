@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/blktest"
@@ -117,4 +118,53 @@ func TestKilledUnsynced(t *testing.T) {
 		t.Errorf("after a flush: %+v, %v", e, ok)
 	}
 	mustClose(t, n)
+}
+
+// TestFirstWriteAtOnce: a bitmap that the first write of a session marks as in use stays marked when others are stored or
+// removed at that moment. It lacks that write.
+func TestFirstWriteAtOnce(t *testing.T) {
+	const size = 1 << 20
+	m := blktest.NewMemory(0)
+	if err := Create(blk.NewTask(), m, CreateOptions{Size: size}); err != nil {
+		t.Fatal(err)
+	}
+	first := mustOpen(t, m, Options{Name: "test"})
+	bits := blk.NewBitmap(size, 64<<10)
+	if err := first.StoreBitmaps(blk.NewTask(), nil, []BitmapData{{"kept", bits}, {"removed", bits}}); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, first)
+	h := &hooked{Memory: m}
+	n := mustOpen(t, h, Options{Name: "test"})
+	var once atomic.Bool
+	held, proceed := make(chan struct{}), make(chan struct{})
+	hook := func(r *blk.Request, do func() error) error {
+		if r.Op == blk.OpWrite && !once.Swap(true) {
+			close(held)
+			<-proceed
+		}
+		return do()
+	}
+	h.hook.Store(&hook)
+	stored := make(chan error, 1)
+	go func() { stored <- n.StoreBitmaps(blk.NewTask(), []string{"removed"}, nil) }()
+	<-held
+	written := make(chan error, 1)
+	go func() {
+		r := &blk.Request{Op: blk.OpWrite, Len: 512, Data: blk.BytesVec(nil, pattern(1, 512))}
+		written <- blk.Do(blk.NewTask(), n, r)
+	}()
+	time.Sleep(20 * time.Millisecond)
+	close(proceed)
+	for _, done := range []chan error{stored, written} {
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+	}
+	list, err := n.Bitmaps(blk.NewTask())
+	if err != nil || len(list) != 1 || !list[0].InUse {
+		t.Errorf("%+v, %v", list, err)
+	}
+	mustClose(t, n)
+	checkClean(t, m.Bytes(), false)
 }

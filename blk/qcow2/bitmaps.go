@@ -274,6 +274,7 @@ func (n *Node) storeBitmaps(t *blk.Task, remove []string, store []BitmapData) er
 		return fmt.Errorf("the name of its data file leaves no room for them in the header: %w", blk.ErrNotSupported)
 	}
 	defer n.resizing.Lock(t)()
+	defer n.prepares.Lock(t)() // the first write of all marks some of them
 	if err := n.settle(t); err != nil {
 		return err
 	}

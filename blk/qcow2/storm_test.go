@@ -329,7 +329,9 @@ func TestStormAtOnce(t *testing.T) {
 			}
 			for w := range int64(workers) {
 				rng := rand.New(rand.NewPCG(rng.Uint64(), uint64(w)))
-				wg.Go(func() { s.work(rng, w, workers, c.o.ClusterSize, c.o.Size/2/c.o.ClusterSize*c.o.ClusterSize, c.ops, all) })
+				wg.Go(func() {
+					s.work(rng, w, workers, c.o.ClusterSize, c.o.Size/2/c.o.ClusterSize*c.o.ClusterSize, c.ops, all)
+				})
 			}
 			grow := rand.New(rand.NewPCG(rng.Uint64(), 101))
 			wg.Go(func() { s.growing(grow, c.o.Size, c.grow) })
