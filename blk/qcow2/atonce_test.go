@@ -3,7 +3,9 @@
 package qcow2
 
 import (
+	"bytes"
 	"errors"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -164,6 +166,76 @@ func TestFirstWriteAtOnce(t *testing.T) {
 	list, err := n.Bitmaps(blk.NewTask())
 	if err != nil || len(list) != 1 || !list[0].InUse {
 		t.Errorf("%+v, %v", list, err)
+	}
+	mustClose(t, n)
+	checkClean(t, m.Bytes(), false)
+}
+
+// TestInUseAtOnce: a place that a slow request reads or writes is given to nobody else before that has ended, though the
+// tables have not pointed there for long.
+func TestInUseAtOnce(t *testing.T) {
+	const size, cluster = 1 << 20, 4096
+	m := blktest.NewMemory(0)
+	if err := Create(blk.NewTask(), m, CreateOptions{Size: size, ClusterSize: cluster}); err != nil {
+		t.Fatal(err)
+	}
+	h := &hooked{Memory: m}
+	n := reserveLittle(mustOpen(t, h, Options{Name: "test"}))
+	old := bytes.Repeat([]byte("old"), cluster)[:cluster]
+	if err := n.WriteCompressed(blk.NewTask(), 0, old); err != nil {
+		t.Fatal(err)
+	}
+	writeAt(t, n, cluster, pattern(1, cluster))
+	tab := n.l1.Load().tables[0].Load()
+	packed, _ := tab.stableAt(0).packed.compressedRange(n.clusterBits)
+	place := tab.stableAt(1).host
+
+	var wg sync.WaitGroup
+	held, proceed := make(chan struct{}, 2), make(chan struct{})
+	var reads, writes atomic.Int64
+	hook := func(r *blk.Request, do func() error) error {
+		if r.Op == blk.OpRead && r.Off == packed && reads.Add(1) == 1 || r.Op == blk.OpWrite && r.Off == place && writes.Add(1) == 1 {
+			held <- struct{}{}
+			<-proceed
+		}
+		return do()
+	}
+	h.hook.Store(&hook)
+	got := make([]byte, cluster)
+	wg.Go(func() {
+		if err := blk.Do(blk.NewTask(), n, &blk.Request{Op: blk.OpRead, Len: cluster, Data: blk.BytesVec(nil, got)}); err != nil {
+			t.Errorf("read: %v", err)
+		}
+	})
+	late := pattern(2, cluster)
+	wg.Go(func() {
+		r := &blk.Request{Op: blk.OpWrite, Off: cluster, Len: cluster, Data: blk.BytesVec(nil, late)}
+		if err := blk.Do(blk.NewTask(), n, r); err != nil {
+			t.Errorf("write: %v", err)
+		}
+	})
+	<-held
+	<-held
+	mustDo(t, n, &blk.Request{Op: blk.OpWriteZeroes, Flags: blk.Unmap, Len: 2 * cluster})
+	want := pattern(3, size-2*cluster)
+	wg.Go(func() {
+		for _, r := range []*blk.Request{
+			{Op: blk.OpFlush},
+			{Op: blk.OpWrite, Off: 2 * cluster, Len: int64(len(want)), Data: blk.BytesVec(nil, want)},
+		} {
+			if err := blk.Do(blk.NewTask(), n, r); err != nil {
+				t.Errorf("%v: %v", r.Op, err)
+			}
+		}
+	})
+	time.Sleep(50 * time.Millisecond)
+	close(proceed)
+	wg.Wait()
+	if !bytes.Equal(got, old) && !blk.IsZero(got) {
+		t.Error("a slow read finds something else")
+	}
+	if !bytes.Equal(readAll(t, n)[2*cluster:], want) {
+		t.Error("a slow write landed on a newer one")
 	}
 	mustClose(t, n)
 	checkClean(t, m.Bytes(), false)

@@ -17,12 +17,47 @@ import (
 	"github.com/blkstream/blkstream/blk/qcow2"
 )
 
+// sky is over the disks of an image, its data file's too: it says when requests fail, and what went on when.
+type sky struct {
+	bad atomic.Int64 // one request of so many fails; 0: none
+
+	mu      sync.Mutex
+	disks   []*blktest.CrashDisk
+	moments [][]int // the points of each disk after each request
+}
+
+func newSky(disks ...*blktest.CrashDisk) *sky {
+	s := &sky{disks: disks}
+	s.noteLocked()
+	return s
+}
+
+func (s *sky) noteLocked() {
+	var points []int
+	for _, d := range s.disks {
+		points = append(points, d.Points())
+	}
+	s.moments = append(s.moments, points)
+}
+
+// points is the number of moments so far.
+func (s *sky) points() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.moments) - 1
+}
+
+func (s *sky) fails() bool {
+	bad := s.bad.Load()
+	return bad > 0 && rand.Int64N(bad) == 0
+}
+
 // stormy is a disk with a volatile cache that takes its time, in bad weather fails requests after it has carried out
 // none, a part, or all of them, and gives extents, as a file does.
 type stormy struct {
 	*blktest.CrashDisk
+	sky  *sky
 	host blk.HostFile
-	bad  atomic.Int64 // one request of so many fails; 0: none
 }
 
 func (s *stormy) TryMap(op blk.Op, off, l int64) (blk.Extent, bool) {
@@ -39,15 +74,13 @@ func (s *stormy) delay() {
 	}
 }
 
-func (s *stormy) fails() bool {
-	bad := s.bad.Load()
-	return bad > 0 && rand.Int64N(bad) == 0
-}
-
 func (s *stormy) Do(t *blk.Task, r *blk.Request) error {
 	s.delay()
 	defer s.delay()
-	if !s.fails() {
+	s.sky.mu.Lock()
+	defer s.sky.mu.Unlock()
+	defer s.sky.noteLocked()
+	if !s.sky.fails() {
 		return s.CrashDisk.Do(t, r)
 	}
 	if r.Op == blk.OpWrite {
@@ -62,7 +95,10 @@ func (s *stormy) Do(t *blk.Task, r *blk.Request) error {
 
 func (s *stormy) Resize(t *blk.Task, size int64, shrink bool) error {
 	s.delay()
-	if s.fails() {
+	s.sky.mu.Lock()
+	defer s.sky.mu.Unlock()
+	defer s.sky.noteLocked()
+	if s.sky.fails() {
 		return syscall.ENOSPC
 	}
 	return s.CrashDisk.Resize(t, size, shrink)
@@ -71,7 +107,8 @@ func (s *stormy) Resize(t *blk.Task, size int64, shrink bool) error {
 // storm is an image under all that can happen to it at the same time.
 type storm struct {
 	t      *testing.T
-	disk   *stormy
+	sky    *sky
+	disk   *stormy // where the guest's clusters are
 	n      *qcow2.Node
 	h      *history
 	begun  atomic.Int64 // I/O on extents, each of which has its number locked
@@ -209,10 +246,10 @@ func (s *storm) flush(t *blk.Task) {
 func (s *storm) weather(stop chan struct{}) {
 	for {
 		for _, bad := range []int64{0, 20, 0, 5} {
-			s.disk.bad.Store(bad)
+			s.sky.bad.Store(bad)
 			select {
 			case <-stop:
-				s.disk.bad.Store(0)
+				s.sky.bad.Store(0)
 				return
 			case <-time.After(time.Duration(rand.IntN(8)) * time.Millisecond):
 			}
@@ -257,7 +294,7 @@ func (s *storm) storing(rng *rand.Rand, stop chan struct{}) {
 // TestStormAtOnce: several queues, a disk that fails now and then, tables that grow, extents in use, all at once. What is
 // left whenever the program dies or the power goes has no errors, and holds what it must. In the end no space is lost.
 func TestStormAtOnce(t *testing.T) {
-	all := []kind{write, write, write, zero, unmap, discard, discard}
+	kinds := []kind{write, write, write, zero, unmap, discard, discard}
 	for _, c := range []struct {
 		scene
 		bitmaps bool
@@ -294,9 +331,25 @@ func TestStormAtOnce(t *testing.T) {
 			name: "compressed clusters of a snapshot", ops: 150, packed: true, snapshot: true,
 			o: qcow2.CreateOptions{Size: 256 << 10, ClusterSize: 4096},
 		}},
+		{scene: scene{
+			name: "compressed clusters", ops: 150, packed: true,
+			o: qcow2.CreateOptions{Size: 128 << 10, ClusterSize: 4096},
+		}},
 		{bitmaps: true, scene: scene{
 			name: "bitmaps", ops: 150,
 			o: qcow2.CreateOptions{Size: 256 << 10, ClusterSize: 1024},
+		}},
+		{scene: scene{
+			name: "data file", ops: 150, grow: 1,
+			o: qcow2.CreateOptions{Size: 256 << 10, ClusterSize: 2048, DataFile: "data"},
+		}},
+		{scene: scene{
+			name: "data file with subclusters", ops: 150,
+			o: qcow2.CreateOptions{Size: 256 << 10, ClusterSize: 16 << 10, ExtendedL2: true, DataFile: "data"},
+		}},
+		{scene: scene{
+			name: "raw data file", ops: 150, grow: 1,
+			o: qcow2.CreateOptions{Size: 128 << 10, ClusterSize: 512, DataFile: "data", DataFileRaw: true},
 		}},
 		{scene: scene{
 			name: "large clusters", ops: 150,
@@ -307,19 +360,27 @@ func TestStormAtOnce(t *testing.T) {
 			t.Parallel()
 			const workers = 4
 			rng := blktest.Rand(t)
-			disk, base := c.prepare(t, rng)
-			s := &storm{t: t, disk: &stormy{CrashDisk: disk}}
-			s.n = qcow2.ReserveLittle(open(t, s.disk, qcow2.Options{
-				Backing: base, Barrier: s.barrier, Cache: qcow2.NewCache([]int64{0, 16 << 10, 1 << 20}[rng.IntN(3)]),
-			}))
+			disks, o := c.prepareAll(t, rng)
+			disk := disks[0]
+			s := &storm{t: t, sky: newSky(disks...)}
+			var all []*stormy
+			for _, d := range disks {
+				all = append(all, &stormy{CrashDisk: d, sky: s.sky})
+			}
+			s.disk = all[len(all)-1]
+			o.Barrier, o.Cache = s.barrier, qcow2.NewCache([]int64{0, 16 << 10, 1 << 20}[rng.IntN(3)])
+			if len(all) > 1 {
+				o.Data = s.disk
+			}
+			s.n = qcow2.ReserveLittle(open(t, all[0], o))
 			start := contents(t, s.n)
-			s.h = newHistory(disk.Points, start)
+			s.h = newHistory(s.sky.points, start)
 			end := c.o.Size
 			for range c.grow {
 				s.h.extend(make([]byte, 2*end))
 				end *= 3
 			}
-			first := disk.Points()
+			first := s.sky.points()
 			var wg, more sync.WaitGroup
 			stop := make(chan struct{})
 			more.Go(func() { s.weather(stop) })
@@ -330,7 +391,7 @@ func TestStormAtOnce(t *testing.T) {
 			for w := range int64(workers) {
 				rng := rand.New(rand.NewPCG(rng.Uint64(), uint64(w)))
 				wg.Go(func() {
-					s.work(rng, w, workers, c.o.ClusterSize, c.o.Size/2/c.o.ClusterSize*c.o.ClusterSize, c.ops, all)
+					s.work(rng, w, workers, c.o.ClusterSize, c.o.Size/2/c.o.ClusterSize*c.o.ClusterSize, c.ops, kinds)
 				})
 			}
 			grow := rand.New(rand.NewPCG(rng.Uint64(), 101))
@@ -360,23 +421,55 @@ func TestStormAtOnce(t *testing.T) {
 				if t.Failed() {
 					return
 				}
-				at := first + rng.IntN(disk.Points()-first+1)
-				s.died(&c.scene, rng, base, at, start)
+				at := first + rng.IntN(s.sky.points()-first+1)
+				s.died(&c.scene, rng, o, at, start)
 			}
-			t.Logf("%d points, %d times on extents", disk.Points()-first, s.fast.Load())
+			t.Logf("%d points, %d times on extents", s.sky.points()-first, s.fast.Load())
 		})
 	}
 }
 
-// died looks at what the death of the program at a point leaves, and what a power cut does.
-func (s *storm) died(c *scene, rng *rand.Rand, base blk.Node, at int, start []byte) {
+// prepareAll is prepare; with a data file there are two disks.
+func (s *scene) prepareAll(t *testing.T, rng *rand.Rand) ([]*blktest.CrashDisk, qcow2.Options) {
+	t.Helper()
+	if s.o.DataFile == "" {
+		disk, base := s.prepare(t, rng)
+		return []*blktest.CrashDisk{disk}, qcow2.Options{Backing: base}
+	}
+	disks := []*blktest.CrashDisk{blktest.NewCrashDisk(0), blktest.NewCrashDisk(0)}
+	s.o.Data = disks[1]
+	if err := qcow2.Create(blk.NewTask(), disks[0], s.o); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range disks {
+		do(t, d, &blk.Request{Op: blk.OpFlush})
+	}
+	return disks, qcow2.Options{}
+}
+
+// died looks at what the death of the program at a moment leaves, and what a power cut does.
+func (s *storm) died(c *scene, rng *rand.Rand, o qcow2.Options, at int, start []byte) {
 	t := s.t
 	t.Helper()
-	killed := s.disk.KilledAt(at)
-	if r := check(t, killed, qcow2.RepairNone); r.Errors > 0 {
+	var killed, cut []*blktest.CrashDisk
+	for i, d := range s.sky.disks {
+		killed = append(killed, d.KilledAt(s.sky.moments[at][i]))
+		cut = append(cut, d.CrashAt(s.sky.moments[at][i], rng))
+	}
+	of := func(disks []*blktest.CrashDisk) qcow2.Options {
+		o := qcow2.Options{Backing: o.Backing}
+		if len(disks) > 1 {
+			o.Data = disks[1]
+		}
+		return o
+	}
+	if r := check(t, killed[0], qcow2.RepairNone); r.Errors > 0 {
 		t.Fatalf("killed at %d: %+v", at, r)
 	}
-	n := open(t, killed, qcow2.Options{Backing: base})
-	s.h.holds(t, at, contents(t, n), func(v version) bool { return v.acked <= at })
-	c.cut(t, rng, s.h, s.disk.CrashAt(at, rng), base, at, start)
+	got := contents(t, open(t, killed[0], of(killed)))
+	s.h.holds(t, at, got, func(v version) bool { return v.acked <= at })
+	c.cut(t, rng, s.h, cut[0], of(cut), at, start)
+	if c.o.DataFileRaw {
+		s.h.holds(t, at, killed[1].Bytes()[:len(got)], func(v version) bool { return v.acked <= at })
+	}
 }
