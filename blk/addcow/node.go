@@ -91,7 +91,10 @@ func open(t *blk.Task, storage blk.Node, o Options) (*Node, error) {
 		return nil, err
 	}
 	if !o.ReadOnly {
-		n.bits.written.Store(1) // who wrote to the file before may have died without a flush
+		// Who wrote before may have died without a flush. The bits that count from here on are what a power cut leaves, too.
+		if err := blk.Do(t, storage, &blk.Request{Op: blk.OpFlush}); err != nil {
+			return nil, err
+		}
 		// The image file may have become longer.
 		if err := grow(t, storage, h.Size+size); err != nil {
 			return nil, err

@@ -33,7 +33,7 @@ func (h *hooked) Do(t *blk.Task, r *blk.Request) error {
 func checkNow(t *testing.T, storage blk.Node) {
 	t.Helper()
 	if r, err := Check(blk.NewTask(), storage, RepairNone); err != nil || r.Errors > 0 {
-		t.Errorf("%+v, %v", r, err)
+		t.Fatalf("%+v, %v", r, err)
 	}
 }
 
@@ -100,26 +100,44 @@ func TestFreeAtOnce(t *testing.T) {
 	checkClean(t, m.Bytes(), false)
 }
 
-// TestKilledUnsynced: what the program before wrote of the tables, and did not flush, does not count as durable. A write
-// with FUA in place is acknowledged only when it is.
-func TestKilledUnsynced(t *testing.T) {
-	path := diskImage(t, 1<<20, "")
-	storage := openFile(t, path, false, false)
-	killed := mustOpen(t, storage, Options{Name: path})
-	writeAt(t, killed, 0, pattern(1, 4096))
-	if err := storage.Close(); err != nil {
+// TestOpenAfterDeath: what a program wrote that died without a flush is durable once the image is open. Who writes with
+// FUA in place then, or sees there that a job is done, relies on it.
+func TestOpenAfterDeath(t *testing.T) {
+	rng := blktest.Rand(t)
+	disk := blktest.NewCrashDisk(0)
+	if err := Create(blk.NewTask(), disk, CreateOptions{Size: 1 << 20, BackingFile: "base", BackingFormat: "raw"}); err != nil {
 		t.Fatal(err)
 	}
-	n := mustOpen(t, openFile(t, path, false, false), Options{Name: path})
-	readAll(t, n) // loads the table
-	if e, ok := n.TryMap(blk.OpWrite, 0, 4096); !ok || !e.Unsynced {
-		t.Errorf("%+v, %v", e, ok)
+	want := pattern(1, 4096)
+	writeAt(t, mustOpen(t, disk, Options{Name: "test"}), 0, want)
+	mustOpen(t, disk, Options{Name: "test"})
+	for range 20 {
+		if !bytes.Equal(readAll(t, mustOpen(t, disk.Crash(rng), Options{Name: "test", ReadOnly: true}))[:4096], want) {
+			t.Fatal("what was there when the image was opened is gone")
+		}
 	}
+}
+
+// TestRepairAfterDeath: a repair makes counts agree with tables that a power cut leaves, too.
+func TestRepairAfterDeath(t *testing.T) {
+	rng := blktest.Rand(t)
+	disk := blktest.NewCrashDisk(0)
+	if err := Create(blk.NewTask(), disk, CreateOptions{Size: 1 << 20, ClusterSize: 4096}); err != nil {
+		t.Fatal(err)
+	}
+	n := mustOpen(t, disk, Options{Name: "test"})
+	writeAt(t, n, 0, pattern(1, 64<<10))
 	mustDo(t, n, &blk.Request{Op: blk.OpFlush})
-	if e, ok := n.TryMap(blk.OpWrite, 0, 4096); !ok || e.Unsynced {
-		t.Errorf("after a flush: %+v, %v", e, ok)
+	mustDo(t, n, &blk.Request{Op: blk.OpDiscard, Len: 64 << 10})
+	first := disk.Points() // it dies
+	if r, err := Check(blk.NewTask(), disk, RepairLeaks); err != nil || r.LeaksFixed < 16 {
+		t.Fatalf("%+v, %v", r, err)
 	}
-	mustClose(t, n)
+	for at := first; at <= disk.Points(); at++ {
+		for range 20 {
+			checkNow(t, disk.CrashAt(at, rng))
+		}
+	}
 }
 
 // TestFirstWriteAtOnce: a bitmap that the first write of a session marks as in use stays marked when others are stored or
@@ -239,4 +257,55 @@ func TestInUseAtOnce(t *testing.T) {
 	}
 	mustClose(t, n)
 	checkClean(t, m.Bytes(), false)
+}
+
+// flushFails fails flushes while it is told to.
+type flushFails struct {
+	*blktest.CrashDisk
+	fail atomic.Bool
+}
+
+func (f *flushFails) Do(t *blk.Task, r *blk.Request) error {
+	if r.Op == blk.OpFlush && f.fail.Load() {
+		return syscall.EIO
+	}
+	return f.CrashDisk.Do(t, r)
+}
+
+// TestMarkIsDurable: no write is on stable storage before the mark of a bitmap that lacks it, even if the mark was
+// written by an attempt that failed, or by a program that died then.
+func TestMarkIsDurable(t *testing.T) {
+	const size = 1 << 20
+	for _, dies := range []bool{false, true} {
+		rng := blktest.Rand(t)
+		f := &flushFails{CrashDisk: blktest.NewCrashDisk(0)}
+		if err := Create(blk.NewTask(), f, CreateOptions{Size: size}); err != nil {
+			t.Fatal(err)
+		}
+		n := mustOpen(t, f, Options{Name: "test"})
+		writeAt(t, n, 0, pattern(1, 512))
+		if err := n.StoreBitmaps(blk.NewTask(), nil, []BitmapData{{"a", blk.NewBitmap(size, 64<<10)}}); err != nil {
+			t.Fatal(err)
+		}
+		mustClose(t, n)
+		n = mustOpen(t, f, Options{Name: "test"})
+		want := pattern(2, 512)
+		r := &blk.Request{Op: blk.OpWrite, Len: 512, Data: blk.BytesVec(nil, want)}
+		f.fail.Store(true)
+		if err := blk.Do(blk.NewTask(), n, r); !errors.Is(err, syscall.EIO) {
+			t.Fatalf("the first write says %v", err)
+		}
+		f.fail.Store(false)
+		if dies {
+			n = mustOpen(t, f, Options{Name: "test"})
+		}
+		mustDo(t, n, r)
+		for range 60 {
+			left := mustOpen(t, f.Crash(rng), Options{Name: "test", ReadOnly: true})
+			list, err := left.Bitmaps(blk.NewTask())
+			if err != nil || len(list) != 1 || !list[0].InUse && bytes.Equal(readAll(t, left)[:512], want) {
+				t.Fatalf("died: %v: %+v, %v", dies, list, err)
+			}
+		}
+	}
 }

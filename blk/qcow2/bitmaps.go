@@ -247,10 +247,7 @@ func (n *Node) markInUse(t *blk.Task, list []Bitmap) error {
 			return fmt.Errorf("mark bitmap %q as in use: %w", b.Name, err)
 		}
 	}
-	if len(list) == 0 {
-		return nil
-	}
-	return n.syncStorage(t)
+	return n.syncStorage(t) // even if all are marked: perhaps by an attempt that failed here
 }
 
 // StoreBitmaps stores bitmaps of the disk's present size in place of those of the same name, and removes others, all at
