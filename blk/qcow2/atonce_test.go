@@ -100,6 +100,55 @@ func TestFreeAtOnce(t *testing.T) {
 	checkClean(t, m.Bytes(), false)
 }
 
+// TestReuseAtOnce: nor is it given to somebody who began before the change failed, and has not settled that.
+func TestReuseAtOnce(t *testing.T) {
+	const size, far = 256 << 10, 64 << 10
+	m := blktest.NewMemory(0)
+	if err := Create(blk.NewTask(), m, CreateOptions{Size: size, ClusterSize: 512}); err != nil {
+		t.Fatal(err)
+	}
+	n := mustOpen(t, m, Options{Name: "test"})
+	writeAt(t, n, 0, pattern(1, 512))
+	writeAt(t, n, far, pattern(2, 512))
+	l1 := n.l1.Load()
+	first, second := l1.tables[0].Load().host, l1.tables[far>>n.l1Shift].Load().host
+	mustClose(t, n)
+
+	h := &hooked{Memory: m}
+	n = mustOpen(t, h, Options{Name: "test"})
+	n.batch, n.maxBatch = 1, 1
+	var read, failed atomic.Bool
+	held, proceed := make(chan struct{}), make(chan struct{})
+	hook := func(r *blk.Request, do func() error) error {
+		if r.Op == blk.OpRead && r.Off == second && !read.Swap(true) {
+			close(held)
+			<-proceed
+		}
+		err := do()
+		if r.Op == blk.OpWrite && r.Off == first && !failed.Swap(true) {
+			return syscall.EIO
+		}
+		return err
+	}
+	h.hook.Store(&hook)
+	write := func(off int64) error {
+		return blk.Do(blk.NewTask(), n, &blk.Request{Op: blk.OpWrite, Off: off, Len: 512, Data: blk.BytesVec(nil, pattern(3, 512))})
+	}
+	done := make(chan error, 1)
+	go func() { done <- write(far + 512) }()
+	<-held
+	if err := write(512); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("the write that fails says %v", err)
+	}
+	close(proceed)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	checkNow(t, m)
+	mustClose(t, n)
+	checkClean(t, m.Bytes(), false)
+}
+
 // TestOpenAfterDeath: what a program wrote that died without a flush is durable once the image is open. Who writes with
 // FUA in place then, or sees there that a job is done, relies on it.
 func TestOpenAfterDeath(t *testing.T) {
