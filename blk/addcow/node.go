@@ -90,7 +90,12 @@ func open(t *blk.Task, storage blk.Node, o Options) (*Node, error) {
 	if err := n.bits.load(t); err != nil {
 		return nil, err
 	}
-	if !o.ReadOnly { // the image file may have become longer
+	if !o.ReadOnly {
+		// Who wrote before may have died without a flush. The bits that count from here on are what a power cut leaves, too.
+		if err := blk.Do(t, storage, &blk.Request{Op: blk.OpFlush}); err != nil {
+			return nil, err
+		}
+		// The image file may have become longer.
 		if err := grow(t, storage, h.Size+size); err != nil {
 			return nil, err
 		}

@@ -134,3 +134,23 @@ func TestPowerCuts(t *testing.T) {
 		}
 	}
 }
+
+// TestFlushAfterDeath: a flush makes durable what another process has written and not flushed, bits included: it died, and
+// the power goes later.
+func TestFlushAfterDeath(t *testing.T) {
+	const size, cluster = 1 << 20, 64 << 10
+	rng := blktest.Rand(t)
+	storage, img := blktest.NewCrashDisk(0), blktest.NewCrashDisk(size)
+	create(t, storage, size, cluster)
+	flush(t, storage)
+	base := memory(t, bytes.Repeat([]byte{7}, size))
+	want := bytes.Repeat([]byte{9}, cluster)
+	write(t, open(t, storage, addcow.Options{Image: img, Backing: base}), 0, want)
+	flush(t, open(t, storage, addcow.Options{Image: img, Backing: base}))
+	for range 20 {
+		after := open(t, storage.Crash(rng), addcow.Options{Image: img.Crash(rng), Backing: base})
+		if !bytes.Equal(contents(t, after)[:cluster], want) {
+			t.Fatal("what was flushed is gone")
+		}
+	}
+}

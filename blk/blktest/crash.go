@@ -89,6 +89,20 @@ func (d *CrashDisk) CrashAt(point int, rng *rand.Rand) *CrashDisk {
 	return newCrashDisk(img)
 }
 
+// KilledAt returns what a program that died at an earlier point has left: everything that the disk was given.
+func (d *CrashDisk) KilledAt(point int) *CrashDisk {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	img := append([]byte(nil), d.first...)
+	for _, s := range d.log[:point] {
+		if s.resize {
+			img = append(img[:min(s.off, int64(len(img)))], make([]byte, max(0, s.off-int64(len(img))))...)
+		}
+		copy(img[min(s.off, int64(len(img))):], s.data)
+	}
+	return newCrashDisk(img)
+}
+
 // Info describes the disk.
 func (d *CrashDisk) Info() *blk.Info { return d.mem.Info() }
 

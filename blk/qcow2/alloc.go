@@ -99,22 +99,22 @@ func (n *Node) tidy(t *blk.Task) {
 
 // reclaim drops the counts of what is in the limbo. Under Node.alloc.
 func (n *Node) reclaim(t *blk.Task) error {
-	if err := n.settle(t); err != nil {
-		return err
-	}
 	n.mu.Lock()
 	runs := n.limbo
 	n.limbo = nil
 	n.mu.Unlock()
-	if len(runs) == 0 {
-		return nil
-	}
 	n.unclean.Add(int32(-len(runs)))
-	if err := n.drop(t, &runs); err != nil {
-		n.release(runs...)
-		return fmt.Errorf("free clusters: %w", err)
+	// Not before they are taken: a change of the tables that fails meanwhile gives up what they may point to.
+	err := n.settle(t)
+	if err == nil && len(runs) > 0 {
+		if err = n.drop(t, &runs); err != nil {
+			err = fmt.Errorf("free clusters: %w", err)
+		}
 	}
-	return nil
+	if err != nil {
+		n.release(runs...)
+	}
+	return err
 }
 
 // drop leaves in runs what is not done.

@@ -247,10 +247,7 @@ func (n *Node) markInUse(t *blk.Task, list []Bitmap) error {
 			return fmt.Errorf("mark bitmap %q as in use: %w", b.Name, err)
 		}
 	}
-	if len(list) == 0 {
-		return nil
-	}
-	return n.syncStorage(t)
+	return n.syncStorage(t) // even if all are marked: perhaps by an attempt that failed here
 }
 
 // StoreBitmaps stores bitmaps of the disk's present size in place of those of the same name, and removes others, all at
@@ -274,6 +271,7 @@ func (n *Node) storeBitmaps(t *blk.Task, remove []string, store []BitmapData) er
 		return fmt.Errorf("the name of its data file leaves no room for them in the header: %w", blk.ErrNotSupported)
 	}
 	defer n.resizing.Lock(t)()
+	defer n.prepares.Lock(t)() // the first write of all marks some of them
 	if err := n.settle(t); err != nil {
 		return err
 	}

@@ -123,6 +123,10 @@ func repairDirty(t *blk.Task, storage blk.Node) (*Header, error) {
 
 // repairWith does what can be done, given the trouble that was found.
 func repairWith(t *blk.Task, storage blk.Node, repair Repair, window int64, known trouble) error {
+	// The tables that the counts are to agree with: who wrote them may have died without a flush.
+	if err := blk.Do(t, storage, &blk.Request{Op: blk.OpFlush}); err != nil {
+		return err
+	}
 	_, now, err := scan(t, storage, repair, window, known)
 	// What is not seen now would not be counted, and what points behind the end would point into the new blocks.
 	if err != nil || repair != RepairAll || !now.rebuild || now.blind || now.beyond {

@@ -19,7 +19,7 @@
 // memory holds, before any other metadata is changed.
 //
 // Locks, in the order in which they may be taken; all but the last two are task locks and may be held over I/O:
-// Node.resizing, guest ranges (Node.clusters), loading or making a table (Node.loads), the packer, reference counts
+// Node.resizing, Node.prepares, guest ranges (Node.clusters), loading or making a table (Node.loads), the packer, reference counts
 // (Node.alloc), settling, one of {L1, blocks of an L2 table, a refcount block, header}, making a file longer, flushing;
 // Cache.mu, Node.mu.
 // Whoever is counted in Node.users waits for none of them.
@@ -138,6 +138,12 @@ func open(t *blk.Task, storage blk.Node, o Options) (*Node, error) {
 	}
 	if !o.ReadOnly && h.Incompatible&IncompatCorrupt != 0 {
 		return nil, ErrCorrupt
+	}
+	if !o.ReadOnly {
+		// Who wrote before may have died without a flush. What counts from here on is what a power cut leaves, too.
+		if err := blk.Do(t, storage, &blk.Request{Op: blk.OpFlush}); err != nil {
+			return nil, err
+		}
 	}
 	if !o.ReadOnly && h.Incompatible&IncompatDirty != 0 {
 		if h, err = repairDirty(t, storage); err != nil {
