@@ -289,13 +289,24 @@ func FuzzMessages(f *testing.F) {
 		msg(reqSetVringCall, 2, u64s(0)), msg(reqGetVringBase, 0, u32s(0, 0)), msg(reqResetDevice, 0, nil))
 	seed(msg(reqSetMemTable, 1, g.memTable()), msg(reqSetInflightFD, 1, append(u64s(40000, 0), u32s(2|64<<16)...)),
 		msg(reqGetInflightFD, 0, append(u64s(0, 0), u32s(2|64<<16)...)), msg(reqGetConfig, 0, u32s(0, 60, 0)))
+	seed(msg(reqSetProtocolFeatures, 0, u64s(protocolFeatures)), msg(reqSetDeviceStateFD, 4, u32s(1, 0)),
+		msg(reqCheckDeviceState, 0, nil), msg(reqSetDeviceStateFD, 5, u32s(0, 0)), msg(reqCheckDeviceState, 0, nil))
 	event := eventfd(f)
+	var pipes [2]int
+	if err := unix.Pipe2(pipes[:], unix.O_CLOEXEC); err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() {
+		closeFD(pipes[0])
+		closeFD(pipes[1])
+	})
 	f.Fuzz(func(t *testing.T, in []byte) {
 		if len(in) > 4<<10 {
 			return
 		}
 		check := noLeaks(t)
 		d := newFakeDevice(2)
+		d.state = []byte("x")
 		c := connect(t, NewServer(d, quiet(t)))
 		go func() { // replies are not of interest
 			b := make([]byte, 4096)
@@ -311,13 +322,17 @@ func FuzzMessages(f *testing.F) {
 			n := headerSize + int(uint32(rest[8])|uint32(rest[9])<<8)
 			n = min(n, len(rest))
 			var oob []byte
-			switch what % 4 {
+			switch what % 6 {
 			case 1:
 				oob = unix.UnixRights(g.fd)
 			case 2:
 				oob = unix.UnixRights(event)
 			case 3:
 				oob = unix.UnixRights(event, g.fd, event)
+			case 4:
+				oob = unix.UnixRights(pipes[0])
+			case 5:
+				oob = unix.UnixRights(pipes[1])
 			}
 			if _, _, err := c.c.WriteMsgUnix(rest[:n], oob, nil); err != nil {
 				break

@@ -677,7 +677,7 @@ func testCloudHypervisor(t *testing.T, state bool) {
 			bases = append(bases, v.getVringBase(q))
 		}
 		ours, theirs := sockets(t)
-		saved = v.saveState(ours, theirs)
+		first := v.saveState(ours, theirs)
 		// It may be decided that the guest goes on here.
 		setup(bases)
 		waitAll(waiting)
@@ -689,7 +689,9 @@ func testCloudHypervisor(t *testing.T, state bool) {
 			bases = append(bases, v.getVringBase(q))
 		}
 		ours, theirs = sockets(t)
-		saved = v.saveState(ours, theirs)
+		if saved = v.saveState(ours, theirs); !bytes.Equal(saved, first) {
+			t.Errorf("state %x, then %x", first, saved)
+		}
 	}
 	v.c.Close()
 	s.cancel()
