@@ -35,13 +35,17 @@ type Device interface {
 	Start(r Ring) (Queue, error)
 	// Reset is a device reset by the driver. No queue is running.
 	Reset()
+	// State is what a device that goes on in this one's place must know, at most 4096 bytes, and SetState gives it that.
+	// Nothing at all is the state of one that has none to tell. No queue is running.
+	State() []byte
+	SetState(b []byte) error
 }
 
 // Ring is all that a queue needs. The session keeps ownership of the descriptors, the memory, the in-flight
 // region and the log, and takes them back after the queue has let go of them.
 type Ring struct {
 	Index int
-	Size  uint16 // a power of two, at most 1024
+	Size  uint16 // a power of two, at most 32768
 
 	Desc, Avail, Used uint64 // guest-physical addresses
 

@@ -3,6 +3,7 @@
 package vhostuser
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -32,6 +33,7 @@ type fakeDevice struct {
 	mu       sync.Mutex
 	events   []string
 	config   []byte
+	state    []byte
 	live     map[int]*fakeQueue
 	startErr error
 	stopErr  error
@@ -102,6 +104,22 @@ func (d *fakeDevice) SetConfig(off uint32, b []byte) error {
 		return errors.New("read-only")
 	}
 	d.config[32] = b[0]
+	return nil
+}
+
+func (d *fakeDevice) State() []byte {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.state)
+}
+
+func (d *fakeDevice) SetState(b []byte) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if string(b) == "bad" {
+		return errors.New("bad state")
+	}
+	d.state = slices.Clone(b)
 	return nil
 }
 
@@ -372,6 +390,12 @@ func (c *client) nack(req uint32, payload []byte, fds ...int) uint64 {
 	c.t.Helper()
 	c.raw(req, flagVersion|flagNeedReply, payload, fds...)
 	b, _ := c.reply(req)
+	if len(b) == 16 { // SET_LOG_BASE, answered with the log: none, if it is refused
+		if bytes.Equal(b, make([]byte, 16)) {
+			return 1
+		}
+		return 0
+	}
 	return binary.NativeEndian.Uint64(b)
 }
 

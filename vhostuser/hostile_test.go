@@ -19,6 +19,11 @@ func TestRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { closeFD(file) })
+	sparse, err := memfd("sparse", 17<<40)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { closeFD(sparse) })
 	many := make([]int, 60)
 	for i := range many {
 		many[i] = event
@@ -67,7 +72,7 @@ func TestRefused(t *testing.T) {
 		{"ring index of CALL", reqSetVringCall, u64s(255 | noFD), nil, false},
 		{"ring index beyond 8 bits", reqSetVringErr, u64s(1 << 32), []int{event}, false},
 		{"ring size 0", reqSetVringNum, u32s(1, 0), nil, false},
-		{"ring size 2048", reqSetVringNum, u32s(1, 2048), nil, false},
+		{"ring size 65536", reqSetVringNum, u32s(1, 65536), nil, false},
 		{"ring size 100", reqSetVringNum, u32s(1, 100), nil, false},
 		{"ring size 65536+64", reqSetVringNum, u32s(1, 65536+64), nil, false},
 		{"ring size while running", reqSetVringNum, u32s(0, 128), nil, false},
@@ -97,13 +102,15 @@ func TestRefused(t *testing.T) {
 		{"region overlaps in the guest", reqAddMemReg, region(g.gpa+4096, 4096, far, 0), []int{g.fd}, false},
 		{"region overlaps in the front-end", reqAddMemReg, region(far, 4096, g.user, 0), []int{g.fd}, false},
 		{"region again", reqAddMemReg, g.memReg(), []int{g.fd}, false},
+		{"region of 17 TiB", reqAddMemReg, region(far, 17<<40, far, 0), []int{sparse}, false},
+		{"table of 18 TiB", reqSetMemTable, table(2, u64s(1<<50, 9<<40, 1<<50, 0), u64s(1<<51, 9<<40, 1<<51, 0)), []int{sparse, sparse}, false},
 		{"region without descriptor", reqAddMemReg, region(far, 4096, far, 0), nil, false},
 		{"region with two descriptors", reqAddMemReg, region(far, 4096, far, 0), []int{g.fd, g.fd}, false},
 		{"region is an eventfd", reqAddMemReg, region(far, 4096, far, 0), []int{event}, false},
 		{"remove an unknown region", reqRemMemReg, region(g.gpa, g.size-1, g.user, 0), nil, false},
 		{"remove with two descriptors", reqRemMemReg, g.memReg(), []int{event, event}, false},
 		{"empty table", reqSetMemTable, table(0), nil, false},
-		{"table of 9", reqSetMemTable, table(9, make([]byte, 9*32)), many[:8], false},
+		{"table of 33", reqSetMemTable, table(33, make([]byte, 33*32)), many[:33], false},
 		{"table of 2^32-1", reqSetMemTable, table(0xffffffff, g.region()), []int{g.fd}, false},
 		{"table with fewer descriptors", reqSetMemTable, table(2, g.region(), u64s(far, 4096, far, 0)), []int{g.fd}, false},
 		{"table with more descriptors", reqSetMemTable, table(1, g.region()), []int{g.fd, g.fd}, false},
@@ -112,6 +119,7 @@ func TestRefused(t *testing.T) {
 		{"table, second region bad", reqSetMemTable, table(2, g.region(), u64s(far, g.size*2, far, 0)), []int{g.fd, g.fd}, false},
 
 		{"config size lies", reqSetConfig, append(u32s(32, 2, 0), 1), nil, false},
+		{"config of size 0", reqSetConfig, append(u32s(32, 0, 0), 1), nil, false},
 		{"config header short", reqSetConfig, u32s(32, 1), nil, false},
 		{"config header short, GET", reqGetConfig, u32s(32, 1), nil, true},
 
@@ -126,6 +134,8 @@ func TestRefused(t *testing.T) {
 		{"log is an eventfd", reqSetLogBase, u64s(4096, 0), []int{event}, false},
 
 		{"inflight while running", reqSetInflightFD, inflight(4096, 0, 2), []int{file}, false},
+		{"state while running", reqSetDeviceStateFD, u32s(0, 0), []int{event}, false},
+		{"state without descriptor", reqSetDeviceStateFD, u32s(0, 0), nil, true},
 		{"inflight of no queues", reqGetInflightFD, inflight(0, 0, 0), nil, true},
 		{"inflight of too many queues", reqGetInflightFD, inflight(0, 0, 3), nil, true},
 		{"inflight short", reqGetInflightFD, u64s(0, 0), nil, true},
@@ -279,13 +289,24 @@ func FuzzMessages(f *testing.F) {
 		msg(reqSetVringCall, 2, u64s(0)), msg(reqGetVringBase, 0, u32s(0, 0)), msg(reqResetDevice, 0, nil))
 	seed(msg(reqSetMemTable, 1, g.memTable()), msg(reqSetInflightFD, 1, append(u64s(40000, 0), u32s(2|64<<16)...)),
 		msg(reqGetInflightFD, 0, append(u64s(0, 0), u32s(2|64<<16)...)), msg(reqGetConfig, 0, u32s(0, 60, 0)))
+	seed(msg(reqSetProtocolFeatures, 0, u64s(protocolFeatures)), msg(reqSetDeviceStateFD, 4, u32s(1, 0)),
+		msg(reqCheckDeviceState, 0, nil), msg(reqSetDeviceStateFD, 5, u32s(0, 0)), msg(reqCheckDeviceState, 0, nil))
 	event := eventfd(f)
+	var pipes [2]int
+	if err := unix.Pipe2(pipes[:], unix.O_CLOEXEC); err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() {
+		closeFD(pipes[0])
+		closeFD(pipes[1])
+	})
 	f.Fuzz(func(t *testing.T, in []byte) {
 		if len(in) > 4<<10 {
 			return
 		}
 		check := noLeaks(t)
 		d := newFakeDevice(2)
+		d.state = []byte("x")
 		c := connect(t, NewServer(d, quiet(t)))
 		go func() { // replies are not of interest
 			b := make([]byte, 4096)
@@ -301,13 +322,17 @@ func FuzzMessages(f *testing.F) {
 			n := headerSize + int(uint32(rest[8])|uint32(rest[9])<<8)
 			n = min(n, len(rest))
 			var oob []byte
-			switch what % 4 {
+			switch what % 6 {
 			case 1:
 				oob = unix.UnixRights(g.fd)
 			case 2:
 				oob = unix.UnixRights(event)
 			case 3:
 				oob = unix.UnixRights(event, g.fd, event)
+			case 4:
+				oob = unix.UnixRights(pipes[0])
+			case 5:
+				oob = unix.UnixRights(pipes[1])
 			}
 			if _, _, err := c.c.WriteMsgUnix(rest[:n], oob, nil); err != nil {
 				break

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"slices"
 	"sync/atomic"
+
+	"github.com/blkstream/blkstream/virtq"
 )
 
 // The in-flight region is shared memory that the front-end keeps while a back-end dies and another takes over
@@ -25,16 +27,21 @@ const (
 	inflightVersion = 1
 	inflightAlign   = 64 // parts do not share a cache line
 
-	// inflightEntries is how many entries a queue gets, whatever size the front-end asks for: QEMU asks for
-	// its queue-size while the rings that it configures have up to 1024.
-	inflightEntries = maxRingSize
-	inflightStride  = (inflightHeader + inflightEntries*inflightEntry + inflightAlign - 1) / inflightAlign * inflightAlign
+	// inflightEntries is how many entries a queue gets at least: QEMU asks for its queue-size while the rings that
+	// it configures have up to 1024.
+	inflightEntries = 1024
 
 	offVersion = 8
 	offBatch   = 12
 	entryBusy  = 0xff // the mask of entry.inflight
 	entryNext  = 48   // the shift of entry.next
 )
+
+// inflightStride is the size of a queue's part when the front-end announces rings of size entries.
+func inflightStride(size uint16) int {
+	n := inflightHeader + min(max(inflightEntries, int(size)), maxRingSize)*inflightEntry
+	return (n + inflightAlign - 1) / inflightAlign * inflightAlign
+}
 
 // inflightRegion is the mapped region, divided among the queues.
 type inflightRegion struct {
@@ -124,7 +131,7 @@ func (q *InflightQueue) storeBatch() {
 // that an earlier back-end left the part: resubmit are then the heads that it fetched and did not publish, oldest
 // first. Whatever stands in the part, resubmit has each head below size at most once.
 func recoverInflight(part []byte, size, usedIdx uint16) (q *InflightQueue, live bool, resubmit []uint16, err error) {
-	entries := min((len(part)-inflightHeader)/inflightEntry, inflightEntries)
+	entries := min((len(part)-inflightHeader)/inflightEntry, maxRingSize)
 	if entries < int(size) {
 		return nil, false, nil, fmt.Errorf("in-flight region: %d entries a queue for a ring of %d", entries, size)
 	}
@@ -166,6 +173,9 @@ func recoverInflight(part []byte, size, usedIdx uint16) (q *InflightQueue, live 
 		counters[head] = atomic.LoadUint64(word64(part, off+8))
 		q.counter = max(q.counter, counters[head]+1)
 		resubmit = append(resubmit, head)
+	}
+	if n := len(resubmit); n > virtq.MaxInFlight {
+		return nil, false, nil, fmt.Errorf("in-flight region: %d requests in flight, more than ever are", n)
 	}
 	slices.SortStableFunc(resubmit, func(a, b uint16) int { return cmp.Compare(counters[a], counters[b]) })
 	return q, true, resubmit, nil

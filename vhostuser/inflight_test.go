@@ -8,6 +8,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+
+	"github.com/blkstream/blkstream/virtq"
 )
 
 // part returns memory for a queue's part, aligned as a mapping is.
@@ -167,5 +169,55 @@ func TestInflightAllocs(t *testing.T) {
 	}
 	if n := testing.AllocsPerRun(100, func() { q.Fetch(5); q.Fetch(1023); q.Complete(1023); q.Complete(5); q.Commit(2) }); n != 0 {
 		t.Errorf("%v allocations", n)
+	}
+}
+
+// TestInflightLarge: rings larger than QEMU's have a region when the front-end says so, and no more requests in flight
+// than others.
+func TestInflightLarge(t *testing.T) {
+	const size = 4096
+	d := newFakeDevice(1)
+	g := newGuest(t)
+	c := connect(t, NewServer(d, quiet(t)))
+	c.negotiate(testFeatures)
+	c.set(reqAddMemReg, g.memReg(), g.fd)
+	for _, tt := range []struct {
+		announced uint32
+		want      []string
+	}{
+		{128, nil}, // the ring is larger
+		{size, []string{"start 0 size 4096 base 0"}},
+	} {
+		c.raw(reqGetInflightFD, flagVersion, append(u64s(0, 0), u32s(1|tt.announced<<16)...))
+		b, fds := c.reply(reqGetInflightFD)
+		if len(b) != 20 || len(fds) != 1 {
+			t.Fatalf("%d bytes, %d descriptors", len(b), len(fds))
+		}
+		c.set(reqSetInflightFD, b, fds...)
+		closeFD(fds[0])
+		base := g.user
+		c.set(reqSetVringNum, u32s(0, size))
+		c.set(reqSetVringAddr, append(u32s(0, 0), u64s(base, base+0x20000, base+0x10000, 0)...))
+		c.set(reqSetVringKick, u64s(0), g.kick[0])
+		c.sync()
+		d.take()
+		c.set(reqSetVringEnable, u32s(0, 1))
+		c.expect(d, tt.want...)
+		c.set(reqSetVringEnable, u32s(0, 0))
+		d.take()
+	}
+	for _, flying := range []int{virtq.MaxInFlight, virtq.MaxInFlight + 1} {
+		part := inflightPart(size)
+		q, _, _, err := recoverInflight(part, size, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for head := range flying {
+			q.Fetch(uint16(head))
+		}
+		_, _, resubmit, err := recoverInflight(part, size, 0)
+		if ok := err == nil && len(resubmit) == flying; ok != (flying <= virtq.MaxInFlight) {
+			t.Errorf("%d in flight: %d to be done again, %v", flying, len(resubmit), err)
+		}
 	}
 }

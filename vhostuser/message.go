@@ -42,6 +42,8 @@ const (
 	reqRemMemReg           = 38
 	reqSetStatus           = 39
 	reqGetStatus           = 40
+	reqSetDeviceStateFD    = 42
+	reqCheckDeviceState    = 43
 )
 
 // backendConfigChange is a back-end request: the configuration space has changed.
@@ -64,15 +66,16 @@ const (
 	protocolResetDevice       = 1 << 13
 	protocolConfigureMemSlots = 1 << 15
 	protocolStatus            = 1 << 16
+	protocolDeviceState       = 1 << 19
 
 	protocolFeatures = protocolMQ | protocolLogShmFD | protocolReplyAck | protocolBackendReq | protocolConfig |
-		protocolInflightShmFD | protocolResetDevice | protocolConfigureMemSlots | protocolStatus
+		protocolInflightShmFD | protocolResetDevice | protocolConfigureMemSlots | protocolStatus | protocolDeviceState
 )
 
 const (
 	headerSize = 12
 	maxPayload = 4096 // far more than any message needs; what front-ends themselves use as a limit
-	maxFDs     = 8    // SET_MEM_TABLE carries the most
+	maxFDs     = 32   // SET_MEM_TABLE carries the most
 
 	flagVersionMask = 3
 	flagVersion     = 1

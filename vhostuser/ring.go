@@ -14,7 +14,7 @@ import (
 // after that it needs a new SET_VRING_KICK.
 
 const (
-	maxRingSize = 1024
+	maxRingSize = 32768
 	vringLog    = 1 // VHOST_VRING_F_LOG: writes to the used ring are logged
 )
 
@@ -91,8 +91,10 @@ func (s *session) startRing(r *ring) error {
 			return fmt.Errorf("ring %d: %w", r.index, err)
 		}
 		cfg.Inflight, cfg.Resubmit = q, resubmit
-		if live {
-			// What SET_VRING_BASE said is from before the crash, or guessed from used.idx.
+		if live || cfg.Base-usedIdx <= r.size {
+			// What SET_VRING_BASE said is from before the crash, or guessed: Cloud Hypervisor restores a snapshot with the
+			// avail index, beyond what was waiting in the ring. Nothing of that is in flight elsewhere, or the region would
+			// say so.
 			cfg.Base = usedIdx + uint16(len(resubmit))
 		}
 	}

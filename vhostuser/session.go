@@ -15,11 +15,14 @@ import (
 
 const (
 	vhostFeatures   = featureLogAll | featureProtocolFeatures
-	memRegionSize   = 32  // a memory region description in a message
-	maxTableRegions = 8   // of SET_MEM_TABLE
-	maxMemSlots     = 509 // what vhost in the kernel has, and front-ends count on
+	memRegionSize   = 32       // a memory region description in a message
+	maxTableRegions = 32       // of SET_MEM_TABLE: QEMU and SPDK send up to 8, crosvm and Cloud Hypervisor up to 32
+	maxMemSlots     = 509      // what vhost in the kernel has, and front-ends count on
+	maxMemory       = 16 << 40 // bytes of a guest's memory: a share of what virtq maps for all
 	configHeader    = 12
 )
+
+var errTooMuchMemory = fmt.Errorf("guest memory of more than %#x bytes", uint64(maxMemory))
 
 // request says what a message must look like and who handles it.
 type request struct {
@@ -61,6 +64,9 @@ var requests = map[uint32]request{
 	reqRemMemReg:      {"REM_MEM_REG", 8 + memRegionSize, 8 + memRegionSize, 0, 1, false, (*session).remMemReg},
 	reqSetStatus:      {"SET_STATUS", 8, 8, 0, 0, false, (*session).setStatus},
 	reqGetStatus:      {"GET_STATUS", 0, 0, 0, 0, true, (*session).getStatus},
+
+	reqSetDeviceStateFD: {"SET_DEVICE_STATE_FD", 8, 8, 1, 1, true, (*session).setDeviceStateFD},
+	reqCheckDeviceState: {"CHECK_DEVICE_STATE", 0, 0, 0, 0, true, (*session).checkDeviceState},
 }
 
 // session is one connection of a front-end. It belongs to the goroutine in run.
@@ -80,6 +86,9 @@ type session struct {
 	inflight *inflightRegion // nil: none
 	dirty    *Log            // nil: none
 
+	stateFD  int   // where the device's state is to be read from; -1: none
+	stateErr error // of the transfer that CHECK_DEVICE_STATE asks about
+
 	ringStarted bool // by the current message
 
 	mu   sync.Mutex                 // inside eachRing
@@ -91,7 +100,7 @@ func newSession(srv *Server, c *conn) *session {
 	s := &session{
 		srv: srv, dev: srv.dev, log: srv.log, conn: c, mem: mem,
 		rings: make([]*ring, srv.dev.Queues()),
-		lost:  make(map[*virtq.Region]struct{}),
+		lost:  make(map[*virtq.Region]struct{}), stateFD: -1,
 	}
 	for i := range s.rings {
 		s.rings[i] = &ring{index: i, kick: -1, call: -1, err: -1}
@@ -189,6 +198,7 @@ func (s *session) close() {
 	s.setLog(nil)
 	s.setInflight(nil)
 	s.unmap(s.mem.Regions())
+	setFD(&s.stateFD, -1)
 	s.srv.setBackend(-1)
 }
 
@@ -336,11 +346,27 @@ func (m *message) mapRegion(off, fd int) (*virtq.Region, error) {
 	return virtq.MapRegion(fd, m.u64(off), m.u64(off+8), m.u64(off+16), m.u64(off+24))
 }
 
+// memSize is the sum of all regions.
+func (s *session) memSize() (sum uint64) {
+	for _, r := range s.mem.Regions() {
+		sum += r.Size()
+	}
+	return sum
+}
+
 // setMemTable replaces all of guest memory.
 func (s *session) setMemTable(m *message) error {
 	n := int(m.u32(0))
 	if n != len(m.fds) || len(m.payload) != 8+n*memRegionSize {
 		return fmt.Errorf("%d regions in %d bytes with %d descriptors", n, len(m.payload), len(m.fds))
+	}
+	room := uint64(maxMemory)
+	for i := range n {
+		size := m.u64(8 + i*memRegionSize + 8)
+		if size > room {
+			return errTooMuchMemory
+		}
+		room -= size
 	}
 	var regions []*virtq.Region
 	drop := func() {
@@ -370,6 +396,9 @@ func (s *session) setMemTable(m *message) error {
 func (s *session) addMemReg(m *message) error {
 	if len(s.mem.Regions()) == maxMemSlots {
 		return errors.New("no memory slot is free")
+	}
+	if m.u64(16) > maxMemory-s.memSize() {
+		return errTooMuchMemory
 	}
 	r, err := m.mapRegion(8, m.fds[0])
 	if err != nil {
@@ -450,28 +479,39 @@ func (s *session) getConfig(m *message) error {
 	return nil
 }
 
-// setConfig does not look at the flags: front-ends disagree about them, and the device knows what is writable.
+// setConfig does not look at the flags: front-ends disagree about them, and the device knows what is writable. SPDK sends
+// more bytes than it announces.
 func (s *session) setConfig(m *message) error {
-	off, b := m.u32(0), m.payload[configHeader:]
-	if size := m.u32(4); uint64(size) != uint64(len(b)) {
+	off, size, b := m.u32(0), m.u32(4), m.payload[configHeader:]
+	if uint64(size) > uint64(len(b)) {
 		return fmt.Errorf("%d bytes announced, %d sent", size, len(b))
 	}
-	return s.dev.SetConfig(off, b)
+	return s.dev.SetConfig(off, b[:size])
 }
 
 // setLogBase takes the dirty-page log. QEMU takes any reply for success, so a failure ends the session unless
 // the front-end asked for an acknowledgement: a migration without its log would lose guest data.
+//
+// The specification leaves the reply's payload open. QEMU reads whatever comes. The vhost crate of rust-vmm reads an
+// acknowledgement up to 0.15, and the log's description from 0.16 on, without a look at the header; that version is also
+// the first one that knows DEVICE_STATE, which Cloud Hypervisor takes where it is offered.
 func (s *session) setLogBase(m *message) error {
+	described := s.protocol&protocolDeviceState != 0
 	l, err := newLog(m.fds[0], m.u64(8), m.u64(0), s.memEnd())
-	if err != nil {
-		if m.flags&flagNeedReply != 0 {
-			m.replyU64(1)
+	switch {
+	case err == nil:
+		s.setLog(l)
+		m.replyU64(0)
+		if described {
+			m.reply = append([]byte(nil), m.payload...)
 		}
-		return err
+	case m.flags&flagNeedReply == 0:
+	case described:
+		m.reply = make([]byte, len(m.payload)) // a log without size, which the crate takes for an error
+	default:
+		m.replyU64(1)
 	}
-	s.setLog(l)
-	m.replyU64(0)
-	return nil
+	return err
 }
 
 // setLog replaces the log, nil: none.
@@ -492,7 +532,7 @@ func (s *session) getInflightFD(m *message) error {
 	if queues == 0 || queues > len(s.rings) {
 		return fmt.Errorf("%d queues", queues)
 	}
-	size := queues * inflightStride
+	size := queues * inflightStride(uint16(m.u32(16)>>16))
 	fd, err := memfd("blkstream-inflight", int64(size))
 	if err != nil {
 		return err
@@ -579,4 +619,60 @@ func (s *session) setStatus(m *message) error {
 func (s *session) getStatus(m *message) error {
 	m.replyU64(uint64(s.status))
 	return nil
+}
+
+// setDeviceStateFD saves or loads what the device must remember when a front-end goes on with another back-end or later. A
+// state fits into any pipe: it is written at once, and read when the front-end, which has closed its end then, asks
+// for the result.
+func (s *session) setDeviceStateFD(m *message) error {
+	const noFD = 1 << 8 // in the reply: what the front-end sent is used
+	setFD(&s.stateFD, -1)
+	if s.stateErr = s.transferState(m); s.stateErr != nil {
+		m.replyU64(noFD | 1)
+		return s.stateErr
+	}
+	m.replyU64(noFD)
+	return nil
+}
+
+func (s *session) transferState(m *message) error {
+	const save, load = 0, 1
+	direction, phase := m.u32(0), m.u32(4)
+	if phase != 0 {
+		return fmt.Errorf("unknown phase %d", phase)
+	}
+	for _, r := range s.rings {
+		if r.q != nil && s.isEnabled(r) {
+			return fmt.Errorf("ring %d is running", r.index)
+		}
+	}
+	if err := prepareState(m.fds[0]); err != nil {
+		return err
+	}
+	switch direction {
+	case save:
+		return writeState(m.fds[0], s.dev.State())
+	case load:
+		s.stateFD = m.takeFD(0)
+		return nil
+	default:
+		return fmt.Errorf("unknown direction %d", direction)
+	}
+}
+
+// checkDeviceState says how the last transfer went.
+func (s *session) checkDeviceState(m *message) error {
+	if s.stateFD >= 0 {
+		b, err := readState(s.stateFD)
+		setFD(&s.stateFD, -1)
+		if err == nil {
+			err = s.dev.SetState(b)
+		}
+		s.stateErr = err
+	}
+	m.replyU64(0)
+	if s.stateErr != nil {
+		m.replyU64(1)
+	}
+	return s.stateErr
 }

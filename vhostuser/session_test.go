@@ -18,7 +18,7 @@ func (c *client) qemuStart(g *guest, inflight []int, bases ...uint32) {
 	c.t.Helper()
 	c.set(reqSetFeatures, u64s(testFeatures))
 	if inflight != nil {
-		c.set(reqSetInflightFD, append(u64s(2*inflightStride, 0), u32s(2|128<<16, 0)...), inflight...)
+		c.set(reqSetInflightFD, append(u64s(2*uint64(inflightStride(128)), 0), u32s(2|128<<16, 0)...), inflight...)
 	}
 	for i := range bases {
 		c.set(reqSetVringCall, u64s(uint64(i)), g.call[i])
@@ -86,7 +86,7 @@ func (c *client) getInflight() int {
 	if len(b) != 24 || len(fds) != 1 {
 		c.t.Fatalf("inflight reply: %d bytes, %d descriptors", len(b), len(fds))
 	}
-	if size := binary.NativeEndian.Uint64(b); size != 2*inflightStride {
+	if size := binary.NativeEndian.Uint64(b); size != 2*uint64(inflightStride(128)) {
 		c.t.Fatalf("inflight size %d", size)
 	}
 	c.t.Cleanup(func() { closeFD(fds[0]) })
@@ -173,7 +173,7 @@ func TestQEMU(t *testing.T) {
 		}
 		defer closeFD(logFD)
 		c.raw(reqSetLogBase, flagVersion, u64s(4096, 0), logFD)
-		if b, _ := c.reply(reqSetLogBase); binary.NativeEndian.Uint64(b) != 0 {
+		if b, _ := c.reply(reqSetLogBase); !bytes.Equal(b, u64s(4096, 0)) {
 			t.Fatal("SET_LOG_BASE refused")
 		}
 		c.expect(d, "log 0 false false 0x0")
@@ -201,7 +201,7 @@ func TestQEMU(t *testing.T) {
 		c.expect(d, "stop 0")
 		received(t, backend)
 		g.setUsedIdx(0, 7)
-		c.set(reqSetInflightFD, append(u64s(2*inflightStride, 0), u32s(2|128<<16, 0)...), inflight)
+		c.set(reqSetInflightFD, append(u64s(2*uint64(inflightStride(128)), 0), u32s(2|128<<16, 0)...), inflight)
 		c.set(reqSetFeatures, u64s(testFeatures))
 		c.ring(g, 0, 256, 99)
 		c.set(reqSetVringEnable, u32s(0, 1))
@@ -572,7 +572,7 @@ func TestTruncatedMemory(t *testing.T) {
 	c.qemuRealize()
 	inflight := c.getInflight()
 	c.set(reqSetFeatures, u64s(testFeatures))
-	c.set(reqSetInflightFD, append(u64s(2*inflightStride, 0), u32s(2|128<<16, 0)...), inflight)
+	c.set(reqSetInflightFD, append(u64s(2*uint64(inflightStride(128)), 0), u32s(2|128<<16, 0)...), inflight)
 	c.qemuMemory(g)
 	c.ring(g, 0, 64, 0)
 	c.sync()

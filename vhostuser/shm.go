@@ -9,8 +9,8 @@ import (
 	"syscall"
 )
 
-// maxShm bounds a mapping. A log of this size covers 2^58 bytes of guest memory, more than there are address bits for.
-const maxShm = 1 << 43
+// maxShm bounds a mapping. A log of this size covers 2^52 bytes of guest memory, all that there are address bits for.
+const maxShm = 1 << 37
 
 // shm is a piece of a file that the front-end shares with us: a dirty-page log or an in-flight region.
 // Whatever stands in it may change at any time.

@@ -8,6 +8,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/blkstream/blkstream/virtq"
 )
 
 // closeFD closes fd unless it is -1. There is nothing to be done about an error: the descriptor is gone anyway.
@@ -40,6 +42,9 @@ func checkFileSize(fd int, off, size uint64) error {
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return errors.New("not a regular file")
 	}
+	if err := virtq.CheckFile(fd); err != nil {
+		return err
+	}
 	if have := uint64(st.Size); off > have || size > have-off {
 		return fmt.Errorf("[%#x, +%#x) is not within the file's %#x bytes", off, size, have)
 	}
@@ -69,6 +74,53 @@ func checkStream(fd int) error {
 		return errors.New("not a stream socket")
 	}
 	return nil
+}
+
+// maxState bounds the state of a device, below what any pipe holds.
+const maxState = 4096
+
+// prepareState makes a pipe or socket, over which a device's state goes, never wait. The front-end has the other end, so
+// that the flag is of no consequence to it.
+func prepareState(fd int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return fmt.Errorf("fstat: %w", err)
+	}
+	if t := st.Mode & unix.S_IFMT; t != unix.S_IFIFO && t != unix.S_IFSOCK {
+		return errors.New("neither a pipe nor a socket")
+	}
+	return unix.SetNonblock(fd, true)
+}
+
+// writeState writes b, all at once or not.
+func writeState(fd int, b []byte) error {
+	n, err := unix.Write(fd, b)
+	if err != nil {
+		return fmt.Errorf("write the state: %w", err)
+	}
+	if n < len(b) {
+		return errors.New("no room for the state")
+	}
+	return nil
+}
+
+// readState reads until the other end is closed, which it must be.
+func readState(fd int) ([]byte, error) {
+	b := make([]byte, 0, maxState+1)
+	for {
+		n, err := unix.Read(fd, b[len(b):cap(b)])
+		switch {
+		case err == unix.EINTR:
+		case err != nil:
+			return nil, fmt.Errorf("read the state: %w", err)
+		case n == 0:
+			return b, nil
+		case len(b)+n > maxState:
+			return nil, fmt.Errorf("a state of more than %d bytes", maxState)
+		default:
+			b = b[:len(b)+n]
+		}
+	}
 }
 
 // signal adds one to an eventfd. It is skipped when the write would block: the other side then has a signal pending.

@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"slices"
+	"sync/atomic"
 	"syscall"
 )
 
@@ -54,10 +55,15 @@ func MapRegion(fd int, gpa, size, userAddr, mmapOffset uint64) (*Region, error) 
 	}
 	lead := mmapOffset % page
 	length := (lead + size + page - 1) / page * page
+	if mapped.Add(length) > maxMapped {
+		mapped.Add(-length)
+		return nil, fmt.Errorf("virtq: map region: %#x bytes: guests have no more than %#x together", length, uint64(maxMapped))
+	}
 	// The guest's owner has reserved the memory, if anybody has; this mapping is a second view of it.
 	m, err := syscall.Mmap(fd, int64(mmapOffset-lead), int(length), syscall.PROT_READ|syscall.PROT_WRITE,
 		syscall.MAP_SHARED|syscall.MAP_NORESERVE)
 	if err != nil {
+		mapped.Add(-length)
 		return nil, fmt.Errorf("virtq: map region: mmap %#x bytes: %w", length, err)
 	}
 	const madvDontDump = 0x10
@@ -65,12 +71,21 @@ func MapRegion(fd int, gpa, size, userAddr, mmapOffset uint64) (*Region, error) 
 	return &Region{gpa: gpa, user: userAddr, mem: m[lead : lead+size : lead+size], mapping: m}, nil
 }
 
+// maxMapped leaves the process a quarter of its address space, 128 TiB on amd64: sparse files of any size cost a hostile
+// front-end nothing, and a process without room for its own heap ends.
+const maxMapped = 96 << 40
+
+var mapped atomic.Uint64 // bytes of address space that all regions take
+
 // pageSize is the unit in which fd must be mapped and unmapped.
 func pageSize(fd int) (uint64, error) {
 	const hugetlbfs = 0x958458f6
 	var fs syscall.Statfs_t
 	if err := syscall.Fstatfs(fd, &fs); err != nil {
 		return 0, fmt.Errorf("fstatfs: %w", err)
+	}
+	if err := checkFS(fs.Type); err != nil {
+		return 0, err
 	}
 	if fs.Type == hugetlbfs {
 		return uint64(fs.Bsize), nil
@@ -85,6 +100,25 @@ func (r *Region) Unmap() error {
 	r.mem, r.mapping = nil, nil // a late use fails instead of touching what is mapped there next
 	if err := syscall.Munmap(m); err != nil {
 		return fmt.Errorf("virtq: unmap region: %w", err)
+	}
+	mapped.Add(-uint64(len(m)))
+	return nil
+}
+
+// CheckFile refuses a file whose pages another process delivers: one that does not would stop whoever touches them in a
+// page fault, in which Go's scheduler cannot interrupt it, and so the whole process at its next garbage collection.
+func CheckFile(fd int) error {
+	var fs syscall.Statfs_t
+	if err := syscall.Fstatfs(fd, &fs); err != nil {
+		return fmt.Errorf("fstatfs: %w", err)
+	}
+	return checkFS(fs.Type)
+}
+
+func checkFS(magic int64) error {
+	const fuse = 0x65735546
+	if magic == fuse {
+		return errors.New("the file is on FUSE, and memory must not be")
 	}
 	return nil
 }

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // heapRegion is a region that the race detector watches: it ignores what is not on Go's heap.
@@ -53,6 +55,55 @@ func mapRegion(t testing.TB, f *os.File, gpa, size, user, off uint64) *Region {
 		}
 	})
 	return r
+}
+
+// TestAddressSpace: sparse files cannot use up the process's address space.
+func TestAddressSpace(t *testing.T) {
+	f := tempFile(t, 0)
+	const size = 16 << 40
+	fd, err := unix.MemfdCreate("sparse", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Ftruncate(fd, size); err != nil {
+		t.Fatal(err)
+	}
+	before := mapped.Load()
+	for range 2 {
+		var all []*Region
+		for {
+			r, err := MapRegion(fd, 0, size, 0, 0)
+			if err != nil {
+				break
+			}
+			all = append(all, r)
+		}
+		if n := len(all); n != maxMapped/size {
+			t.Errorf("%d regions of 16 TiB", n)
+		}
+		// One that cannot be mapped takes nothing.
+		if _, err := MapRegion(int(f.Fd()), 0, 4096, 0, 0); err == nil {
+			t.Error("an empty file was mapped")
+		}
+		for _, r := range all {
+			if err := r.Unmap(); err != nil {
+				t.Error(err)
+			}
+		}
+		if got := mapped.Load(); got != before {
+			t.Errorf("%#x bytes are counted, %#x before", got, before)
+		}
+	}
+}
+
+func TestCheckFile(t *testing.T) {
+	if err := CheckFile(int(tempFile(t, 1).Fd())); err != nil {
+		t.Error(err)
+	}
+	if checkFS(0x65735546) == nil {
+		t.Error("FUSE is accepted")
+	}
 }
 
 func TestMapRegion(t *testing.T) {

@@ -23,7 +23,11 @@ import (
 var ErrRing = errors.New("virtq: broken ring")
 
 const (
-	maxSize = 1024 // entries of a ring: the most that vhost-user front-ends use
+	maxSize = 32768 // entries of a ring (virtio 1.3, 2.7); crosvm offers its guests as many
+
+	// MaxInFlight is how many requests of a ring are in flight at most. The others wait in it: each that was popped holds
+	// memory of ours.
+	MaxInFlight = 1024
 
 	// maxSegments bounds one chain and one indirect table. It is also the longest vector that the kernel takes
 	// (UIO_MAXIOV).
@@ -65,7 +69,7 @@ func (c *Chain) reset(head uint16) {
 // SplitConfig says where a split virtqueue is and what was negotiated.
 type SplitConfig struct {
 	Mem               *Memory
-	Size              uint16 // entries: a power of two, 1 to 1024
+	Size              uint16 // entries: a power of two, 1 to 32768
 	Desc, Avail, Used uint64 // guest addresses; multiples of 16, 2 and 4
 	EventIdx          bool   // VIRTIO_F_EVENT_IDX
 	Indirect          bool   // VIRTIO_F_INDIRECT_DESC
@@ -156,14 +160,19 @@ func (q *Split) Remap(m *Memory) error {
 	return nil
 }
 
-// Empty tells, with one load, whether there is nothing to pop.
-func (q *Split) Empty() bool { return load16(q.avail, idxOff) == q.lastAvail }
+// Empty tells, with one load, whether there is nothing to pop, or not before a Push.
+func (q *Split) Empty() bool {
+	return q.flying >= MaxInFlight || load16(q.avail, idxOff) == q.lastAvail
+}
 
-// Pop takes the next chain that the driver made available; ok is false if there is none. An error means that the ring
-// is broken for ever; then c holds nothing. The error wraps [ErrRing].
+// Pop takes the next chain that the driver made available; ok is false if there is none, or [MaxInFlight] have been popped
+// and not pushed. An error means that the ring is broken for ever; then c holds nothing. The error wraps [ErrRing].
 func (q *Split) Pop(c *Chain) (ok bool, err error) {
 	if q.err != nil {
 		return false, q.err
+	}
+	if q.flying >= MaxInFlight {
+		return false, nil
 	}
 	if q.availIdx == q.lastAvail {
 		idx := load16(q.avail, idxOff)

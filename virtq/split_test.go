@@ -127,8 +127,7 @@ func TestNewSplitErrors(t *testing.T) {
 	}{
 		{"size 0", func(c *SplitConfig) { c.Size = 0 }},
 		{"size not a power of two", func(c *SplitConfig) { c.Size = 24 }},
-		{"size too large", func(c *SplitConfig) { c.Size = 2048 }},
-		{"size 32768", func(c *SplitConfig) { c.Size = 32768 }},
+		{"size without room for it", func(c *SplitConfig) { c.Size = 32768 }},
 		{"desc misaligned", func(c *SplitConfig) { c.Desc += 8 }},
 		{"avail misaligned", func(c *SplitConfig) { c.Avail++ }},
 		{"used misaligned", func(c *SplitConfig) { c.Used += 2 }},
@@ -532,6 +531,56 @@ func TestEnableNotifyKeepsNeighbour(t *testing.T) {
 	r.put16(availAt+2, 0x1235)
 	if !q.EnableNotify() {
 		t.Error("no more")
+	}
+}
+
+// TestLargest: a ring of as many entries as there can be, all of them available at once, several times round.
+func TestLargest(t *testing.T) {
+	const (
+		size    = 32768
+		avail   = memAt + 16*size
+		used    = avail + 0x20000
+		buffers = used + 0x80000
+	)
+	mem := mustMemory(t, heapRegion(memAt, 1<<21, 0))
+	cfg := SplitConfig{Mem: mem, Size: size, Desc: memAt, Avail: avail, Used: used, EventIdx: true}
+	drv, err := NewDriver(DriverConfig{SplitConfig: cfg})
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := mustSplit(t, cfg)
+	for round := range 3 {
+		for i := range size {
+			if _, err := drv.AddChain([]Buf{{GPA: buffers + uint64(i), Len: 1}}, nil, false); err != nil {
+				t.Fatal(err)
+			}
+		}
+		drv.Publish()
+		for done := 0; done < size; done += MaxInFlight {
+			var c Chain
+			var heads []uint16
+			ok, err := q.Pop(&c)
+			for ; ok; ok, err = q.Pop(&c) {
+				heads = append(heads, c.Head)
+			}
+			// There are more, but it is of no use to look before a Push.
+			if err != nil || len(heads) != MaxInFlight || !q.Empty() || q.EnableNotify() {
+				t.Fatalf("round %d: %d popped after %d, empty %t, %v", round, len(heads), done, q.Empty(), err)
+			}
+			q.Push(heads[0], 0)
+			if last := done+MaxInFlight == size; q.Empty() != last {
+				t.Fatalf("round %d: empty %t after a push, %d done", round, q.Empty(), done)
+			}
+			for _, h := range heads[1:] {
+				q.Push(h, 0)
+			}
+			q.Publish()
+		}
+		for i := range size {
+			if _, _, ok := drv.PopUsed(); !ok {
+				t.Fatalf("round %d: %d completions, %v", round, i, drv.Err())
+			}
+		}
 	}
 }
 

@@ -324,6 +324,35 @@ func TestShortTransfers(t *testing.T) {
 	})
 }
 
+// A read past the file's end into guest memory that has gone meanwhile: what fills it up with zeros faults.
+func TestTruncatedMemory(t *testing.T) {
+	engines(t, func(t *testing.T, opts Options) {
+		fd, err := unix.MemfdCreate("guest", unix.MFD_CLOEXEC)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		if err := unix.Ftruncate(fd, 4096); err != nil {
+			t.Fatal(err)
+		}
+		mem, err := unix.Mmap(fd, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Munmap(mem)
+		l, _ := start(t, opts, &driver{})
+		f := host(t, open(t, t.TempDir(), 0, file.Options{}))
+		if err := unix.Ftruncate(fd, 0); err != nil {
+			t.Fatal(err)
+		}
+		run(l, func(task *blk.Task) {
+			if err := task.ReadAt(f, blk.BytesVec(nil, mem), 0); !errors.Is(err, unix.EFAULT) {
+				t.Errorf("%v", err)
+			}
+		})
+	})
+}
+
 // An I/O that fails says so, and does not take the place of another one.
 func TestErrors(t *testing.T) {
 	engines(t, func(t *testing.T, opts Options) {

@@ -4,6 +4,7 @@ package loop
 
 import (
 	"fmt"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 
@@ -54,6 +55,7 @@ func (b *poolBackend) watch(fd int) {
 }
 
 func (b *poolBackend) worker() {
+	debug.SetPanicOnFault(true) // as on the loop's own goroutine
 	for o := range b.work {
 		tag := o.Tag
 		o.Run()

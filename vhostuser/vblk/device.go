@@ -208,6 +208,37 @@ func (d *Device) writeThrough() bool {
 // asks for it, with what the last one wrote, and do not write it again.
 func (d *Device) Reset() { d.acked.Store(0) }
 
+// The state: the letters vblk, the version 1, then whether the driver wants a write cache. A guest that has switched it off
+// goes on without flushes behind another daemon, which has not seen it do so.
+const (
+	stateMagic = "vblk\x01"
+	stateLen   = len(stateMagic) + 1
+)
+
+// State implements vhostuser.Device.
+func (d *Device) State() []byte {
+	b := append(make([]byte, 0, stateLen), stateMagic...)
+	if d.writeback.Load() {
+		return append(b, 1)
+	}
+	return append(b, 0)
+}
+
+// SetState implements vhostuser.Device. A device that offers no choice of the cache has none, or takes no writes.
+func (d *Device) SetState(b []byte) error {
+	if len(b) == 0 {
+		return nil
+	}
+	if len(b) != stateLen || string(b[:len(stateMagic)]) != stateMagic || b[len(stateMagic)] > 1 {
+		return fmt.Errorf("not the state of a disk: %x", b)
+	}
+	cache := b[len(stateMagic):]
+	if d.Features()&featConfigWCE == 0 || (cache[0] == 1) == d.writeback.Load() {
+		return nil
+	}
+	return d.SetConfig(cfgWriteback, cache)
+}
+
 // Start implements vhostuser.Device.
 func (d *Device) Start(r vhostuser.Ring) (vhostuser.Queue, error) {
 	if err := d.use(); err != nil {
