@@ -265,7 +265,7 @@ only data is listed, not what reads as zeros.`,
 func (a *app) mapTable(w io.Writer, segments func(func(image.Segment) error) error) error {
 	t := newTable(w, "OFFSET", "LENGTH", "MAPPED TO", "FILE")
 	err := segments(func(s image.Segment) error {
-		if !s.Data {
+		if !s.Data || s.Zero {
 			return nil
 		}
 		at := "compressed"
