@@ -246,7 +246,7 @@ func TestAddCowCheck(t *testing.T) {
 		repair       qcow2.Repair
 		errors, done int64
 	}{{qcow2.RepairNone, 1, 0}, {qcow2.RepairLeaks, 1, 0}, {qcow2.RepairAll, 0, 1}, {qcow2.RepairNone, 0, 0}} {
-		r, err := Check(d.at(name), AddCow, c.repair, nil)
+		r, err := Check(t.Context(), d.at(name), AddCow, c.repair, nil, nil)
 		if err != nil || r.Errors != c.errors || r.ErrorsFixed != c.done || r.TotalClusters != 64 || r.AllocatedClusters != 8 {
 			t.Errorf("repair %v: %+v, %v", c.repair, r, err)
 		}
@@ -254,7 +254,7 @@ func TestAddCowCheck(t *testing.T) {
 	if err := os.Remove(d.at("base")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Check(d.at(name), AddCow, qcow2.RepairNone, nil); !errors.Is(err, os.ErrNotExist) {
+	if _, err := Check(t.Context(), d.at(name), AddCow, qcow2.RepairNone, nil, nil); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("without the backing file: %v", err)
 	}
 }

@@ -3,6 +3,8 @@
 package image
 
 import (
+	"context"
+	"errors"
 	"fmt"
 
 	"github.com/blkstream/blkstream/blk"
@@ -11,15 +13,21 @@ import (
 	"github.com/blkstream/blkstream/blk/qcow2"
 )
 
+// ErrNoCheck: images of the format have nothing to check.
+var ErrNoCheck = errors.New("this format has nothing to check")
+
 // Check checks the tables of a qcow2 image, or the bitmap of an add-cow image, and repairs them if asked to. Nobody else
-// may use the image.
-func Check(path, format string, repair qcow2.Repair, check func(path string) error) (res qcow2.CheckResult, err error) {
+// may use the image. A repair begins anew several times, and so does its progress.
+func Check(ctx context.Context, path, format string, repair qcow2.Repair, check func(path string) error, progress Progress,
+) (res qcow2.CheckResult, err error) {
 	switch format {
 	case Qcow2:
 	case AddCow:
 		return checkAddCow(path, repair, check)
+	case Raw:
+		return res, fmt.Errorf("image %q: %s: %w", path, format, ErrNoCheck)
 	default:
-		return res, fmt.Errorf("image %q: a %s image has nothing to check: %w", path, format, ErrFormat)
+		return res, fmt.Errorf("image %q: %q: %w", path, format, ErrFormat)
 	}
 	if check != nil {
 		if err := check(path); err != nil {
@@ -30,7 +38,12 @@ func Check(path, format string, repair qcow2.Repair, check func(path string) err
 	if err != nil {
 		return res, err
 	}
-	res, err = qcow2.Check(blk.NewTask(), f, repair)
+	res, err = qcow2.CheckWatched(blk.NewTask(), f, repair, func(done, total int64) error {
+		if progress != nil {
+			progress(done, total)
+		}
+		return ctx.Err()
+	})
 	if err != nil {
 		err = fmt.Errorf("image %q: %w", path, err)
 	}

@@ -20,8 +20,12 @@ type ConvertOptions struct {
 	Progress Progress
 }
 
+// ErrPartial: a conversion into what was there already ended too early.
+var ErrPartial = errors.New("the target is not complete, and what it held before is gone")
+
 // Convert makes an image at path that reads as src does. What reads as zeros takes no space there; of a target with a
-// backing image, what that reads as already. If it fails, the target is gone again, unless it existed before.
+// backing image, what that reads as already. If it fails, the target is gone again, or if it existed before the
+// error is an ErrPartial as well.
 func Convert(ctx context.Context, src blk.Node, path string, o ConvertOptions) (err error) {
 	c := &o.Target
 	if c.Size < 0 {
@@ -36,14 +40,20 @@ func Convert(ctx context.Context, src blk.Node, path string, o ConvertOptions) (
 	if o.Compress && c.Format != Qcow2 {
 		return fmt.Errorf("a compressed %s image: %w", c.Format, blk.ErrInvalid)
 	}
-	if o.Compress && (c.DataFile != "" || c.Preallocation != "" && c.Preallocation != preallocOff) {
-		return fmt.Errorf("a compressed image with a data file or preallocation: clusters there lie where they belong: %w", blk.ErrInvalid)
+	if o.Compress {
+		if err := c.CheckCompression(); err != nil {
+			return err
+		}
 	}
 	if err := Create(ctx, path, *c); err != nil {
 		return err
 	}
 	defer func() {
-		if err == nil || c.Existing {
+		switch {
+		case err == nil:
+			return
+		case c.Existing:
+			err = fmt.Errorf("%w; %w: %s", err, ErrPartial, path)
 			return
 		}
 		err = errors.Join(err, os.Remove(path))

@@ -366,6 +366,22 @@ func unit(members []*Member) int64 {
 	return max(unit, smallest)
 }
 
+// Uses says whether path is one of the files that the image and those behind it lie in.
+func (g *Image) Uses(path string) bool {
+	seen := &identities{}
+	if seen.add(path) != nil {
+		return false
+	}
+	for _, m := range g.Chain {
+		for _, name := range []string{m.Path, m.DataFile} {
+			if name != "" && errors.Is(seen.add(name), ErrLoop) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // Warnings says what the user should know about the images that is not an error.
 func (g *Image) Warnings() []string { return g.warnings }
 

@@ -491,7 +491,7 @@ func TestHostile(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, _ = Describe(d.at(top), Qcow2, true, Options{})
-		_, _ = Check(d.at(top), Qcow2, qcow2.RepairNone, nil)
+		_, _ = Check(t.Context(), d.at(top), Qcow2, qcow2.RepairNone, nil, nil)
 		g, err := Open(blk.NewTask(), d.at(top), Qcow2, Options{ReadOnly: true})
 		if err == nil {
 			opened++
@@ -586,7 +586,7 @@ func TestInUse(t *testing.T) {
 	fine("another overlay", open("b", false))
 	_, err := Describe(d.at("a"), Qcow2, true, Options{})
 	inUse("info", err)
-	_, err = Check(d.at("a"), Qcow2, qcow2.RepairNone, nil)
+	_, err = Check(t.Context(), d.at("a"), Qcow2, qcow2.RepairNone, nil, nil)
 	inUse("check", err)
 	inUse("rebase", Rebase(t.Context(), d.at("a"), RebaseOptions{Unsafe: true}))
 	inUse("resize", Resize(blk.NewTask(), d.at("a"), Qcow2, "+", 512, false))
@@ -669,7 +669,7 @@ func TestMapInfoCheck(t *testing.T) {
 		}
 		var wantCheck map[string]any
 		unmarshal(t, d.tool("qemu-img", "check", "-f", format, "--output=json", top), &wantCheck)
-		r, err := Check(d.at(top), format, qcow2.RepairNone, nil)
+		r, err := Check(t.Context(), d.at(top), format, qcow2.RepairNone, nil, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -841,11 +841,39 @@ func TestConvertFails(t *testing.T) {
 	if err := Convert(t.Context(), src, d.at("out"), o); !errors.Is(err, blk.ErrInvalid) {
 		t.Errorf("a compressed raw image: %v", err)
 	}
-	for _, q := range []qcow2.CreateOptions{{Size: -1, Preallocation: "metadata"}, {Size: -1, DataFile: "data"}} {
-		o := ConvertOptions{Target: CreateOptions{Format: Qcow2, CreateOptions: q}, Compress: true}
-		if err := Convert(t.Context(), src, d.at("out"), o); !errors.Is(err, blk.ErrInvalid) || !strings.Contains(err.Error(), "compressed image with") {
-			t.Errorf("%+v, compressed: %v", q, err)
+	for _, c := range []struct {
+		o    qcow2.CreateOptions
+		want string
+	}{
+		{qcow2.CreateOptions{Preallocation: "metadata"}, "compressed image with"},
+		{qcow2.CreateOptions{DataFile: "data"}, "compressed image with"},
+		{qcow2.CreateOptions{RefcountBits: 1}, "need reference counts of 8 bits"},
+		{qcow2.CreateOptions{RefcountBits: 8, ClusterSize: 128 << 10}, "need reference counts of 16 bits"},
+		{qcow2.CreateOptions{RefcountBits: 1, ClusterSize: 512}, "need reference counts of 2 bits"},
+	} {
+		c.o.Size = -1
+		o := ConvertOptions{Target: CreateOptions{Format: Qcow2, CreateOptions: c.o}, Compress: true}
+		if err := Convert(t.Context(), src, d.at("out"), o); !errors.Is(err, blk.ErrInvalid) || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%+v, compressed: %v", c.o, err)
 		}
+	}
+}
+
+// An image is not put over one that it is behind itself.
+func TestRebaseLoop(t *testing.T) {
+	d := newDir(t)
+	a := CreateOptions{Format: Qcow2, CreateOptions: qcow2.CreateOptions{Size: 1 << 20}}
+	b := CreateOptions{Format: Qcow2, CreateOptions: qcow2.CreateOptions{Size: -1, BackingFile: "a", BackingFormat: Qcow2}}
+	if err := errors.Join(Create(t.Context(), d.at("a"), a), Create(t.Context(), d.at("b"), b)); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"a", "b"} {
+		if err := Rebase(t.Context(), d.at("a"), RebaseOptions{Layer: Layer{name, Qcow2}}); !errors.Is(err, ErrLoop) {
+			t.Errorf("a over %s: %v", name, err)
+		}
+	}
+	if err := Rebase(t.Context(), d.at("b"), RebaseOptions{Layer: Layer{"a", Qcow2}}); err != nil {
+		t.Error(err)
 	}
 }
 

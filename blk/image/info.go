@@ -36,6 +36,7 @@ type SnapshotInfo struct {
 	Nanoseconds uint32 `json:"date-nsec"`
 	ClockSec    uint64 `json:"vm-clock-sec"`
 	ClockNsec   uint64 `json:"vm-clock-nsec"`
+	ICount      *int64 `json:"icount,omitempty"` // of record and replay
 }
 
 // BitmapInfo describes a persistent bitmap.
@@ -139,10 +140,14 @@ func (m *Member) lists(t *blk.Task, i *Info, q *Qcow2Info) error {
 		return fmt.Errorf("image %q: %w", m.Path, err)
 	}
 	for _, s := range snapshots {
-		i.Snapshots = append(i.Snapshots, SnapshotInfo{
+		d := SnapshotInfo{
 			ID: s.ID, Name: s.Name, VMStateSize: s.VMStateSize, Seconds: s.Seconds, Nanoseconds: s.Nanoseconds,
 			ClockSec: s.VMClock / 1e9, ClockNsec: s.VMClock % 1e9,
-		})
+		}
+		if s.ICount != -1 {
+			d.ICount = &s.ICount
+		}
+		i.Snapshots = append(i.Snapshots, d)
 	}
 	bitmaps, err := qcow2.ReadBitmaps(t, m.storage, m.Header)
 	if err != nil {

@@ -151,7 +151,7 @@ func (b *mergeBed) done(names ...int) {
 			b.Fatal(err)
 		}
 		if f == Qcow2 {
-			if r, err := Check(b.at(fmt.Sprint(name)), f, qcow2.RepairNone, nil); err != nil || r.Errors != 0 || r.Leaks != 0 {
+			if r, err := Check(b.Context(), b.at(fmt.Sprint(name)), f, qcow2.RepairNone, nil, nil); err != nil || r.Errors != 0 || r.Leaks != 0 {
 				b.Errorf("image %d: %+v, %v", name, r, err)
 			}
 		}

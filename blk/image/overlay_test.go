@@ -124,7 +124,7 @@ func TestOverlays(t *testing.T) {
 					if f == Raw {
 						continue
 					}
-					if r, err := Check(d.at(name), Qcow2, qcow2.RepairNone, nil); err != nil || r.Errors != 0 || r.Leaks != 0 {
+					if r, err := Check(t.Context(), d.at(name), Qcow2, qcow2.RepairNone, nil, nil); err != nil || r.Errors != 0 || r.Leaks != 0 {
 						t.Errorf("image %s: %+v, %v", name, r, err)
 					}
 				}

@@ -79,6 +79,10 @@ func openNext(t *blk.Task, path string, o RebaseOptions) (*Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("rebase %q: %w", path, err)
 	}
+	if next.Uses(path) { // and would be found in use, by us
+		err := fmt.Errorf("rebase %q: it is behind %q: %w", path, resolved, ErrLoop)
+		return nil, errors.Join(err, next.Close())
+	}
 	return next, nil
 }
 

@@ -78,23 +78,35 @@ var ErrTooLarge = errors.New("too much for a check")
 // tables that overlap. It does not repair entries that point to nowhere: what was there is lost. While there are such
 // entries no count is lowered, since what they meant may still be rescued.
 func Check(t *blk.Task, storage blk.Node, repair Repair) (CheckResult, error) {
-	return check(t, storage, repair, checkWindow)
+	return CheckWatched(t, storage, repair, nil)
 }
 
-func check(t *blk.Task, storage blk.Node, repair Repair, window int64) (CheckResult, error) {
+// Watch is told how much of a check is done, in a unit of its own. A repair takes several turns, each of which begins
+// at 0. Its error ends the check, or the repair, which may be cut off anywhere.
+type Watch func(done, total int64) error
+
+// CheckWatched is a check that can be watched and ended.
+func CheckWatched(t *blk.Task, storage blk.Node, repair Repair, watch Watch) (CheckResult, error) {
+	return check(t, storage, repair, checkWindow, watch)
+}
+
+func check(t *blk.Task, storage blk.Node, repair Repair, window int64, watch Watch) (CheckResult, error) {
+	if watch == nil {
+		watch = func(int64, int64) error { return nil }
+	}
 	if repair != RepairNone && storage.Info().ReadOnly {
 		return CheckResult{}, blk.ErrReadOnly
 	}
-	found, trouble, err := scan(t, storage, RepairNone, window, trouble{})
+	found, trouble, err := scan(t, storage, RepairNone, window, trouble{}, watch)
 	if err != nil || repair == RepairNone {
 		return found, err
 	}
 	left := found
 	if found.Errors+found.Leaks > 0 {
-		if err := repairWith(t, storage, repair, window, trouble); err != nil {
+		if err := repairWith(t, storage, repair, window, trouble, watch); err != nil {
 			return found, err
 		}
-		if left, _, err = scan(t, storage, RepairNone, window, trouble); err != nil {
+		if left, _, err = scan(t, storage, RepairNone, window, trouble, watch); err != nil {
 			return found, err
 		}
 	}
@@ -122,27 +134,27 @@ func repairDirty(t *blk.Task, storage blk.Node) (*Header, error) {
 }
 
 // repairWith does what can be done, given the trouble that was found.
-func repairWith(t *blk.Task, storage blk.Node, repair Repair, window int64, known trouble) error {
+func repairWith(t *blk.Task, storage blk.Node, repair Repair, window int64, known trouble, watch Watch) error {
 	// The tables that the counts are to agree with: who wrote them may have died without a flush.
 	if err := blk.Do(t, storage, &blk.Request{Op: blk.OpFlush}); err != nil {
 		return err
 	}
-	_, now, err := scan(t, storage, repair, window, known)
+	_, now, err := scan(t, storage, repair, window, known, watch)
 	// What is not seen now would not be counted, and what points behind the end would point into the new blocks.
 	if err != nil || repair != RepairAll || !now.rebuild || now.blind || now.beyond {
 		return err
 	}
-	if err := rebuildRefcounts(t, storage, window); err != nil {
+	if err := rebuildRefcounts(t, storage, window, watch); err != nil {
 		return err
 	}
 	// The copied bits, against the new counts.
-	_, _, err = scan(t, storage, repair, window, trouble{})
+	_, _, err = scan(t, storage, repair, window, trouble{}, watch)
 	return err
 }
 
 // scan goes through the image once. With repairs its counts of errors and leaks mean little: one may cure another.
-func scan(t *blk.Task, storage blk.Node, repair Repair, window int64, known trouble) (CheckResult, trouble, error) {
-	c, err := newChecker(t, storage, repair, window)
+func scan(t *blk.Task, storage blk.Node, repair Repair, window int64, known trouble, watch Watch) (CheckResult, trouble, error) {
+	c, err := newChecker(t, storage, repair, window, watch)
 	if err != nil {
 		return CheckResult{}, known, err
 	}
@@ -157,12 +169,12 @@ func scan(t *blk.Task, storage blk.Node, repair Repair, window int64, known trou
 }
 
 // newChecker reads what a check knows from the beginning. Its table is the caller's to free.
-func newChecker(t *blk.Task, storage blk.Node, repair Repair, window int64) (*checker, error) {
+func newChecker(t *blk.Task, storage blk.Node, repair Repair, window int64, watch Watch) (*checker, error) {
 	h, err := ReadHeader(t, storage)
 	if err != nil {
 		return nil, err
 	}
-	c := &checker{t: t, storage: storage, h: h, lay: h.layout(), repair: repair}
+	c := &checker{t: t, storage: storage, h: h, lay: h.layout(), repair: repair, watch: watch}
 	c.end = roundUp(storage.Info().Size, h.ClusterSize()) >> h.ClusterBits
 	if c.end > maxWindows*checkWindow {
 		return nil, fmt.Errorf("qcow2: check a file of %d bytes in clusters of %d: more than %d of them: %w",
@@ -186,6 +198,8 @@ type checker struct {
 	h       *Header
 	lay     layout
 	repair  Repair
+	watch   Watch
+	passed  int64 // clusters of the file that the walks over the L2 tables have behind them, for watch
 	res     CheckResult
 	end     int64 // clusters of the file
 	window  int64 // clusters

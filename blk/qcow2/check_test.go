@@ -126,7 +126,7 @@ func TestDamage(t *testing.T) {
 					im := newImage(t, small(refcountBits))
 					d.do(im)
 					m := im.memory()
-					found, err := check(blk.NewTask(), m, RepairNone, window)
+					found, err := check(blk.NewTask(), m, RepairNone, window, nil)
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -138,7 +138,7 @@ func TestDamage(t *testing.T) {
 					}
 
 					lower := im.memory()
-					left, err := check(blk.NewTask(), lower, RepairLeaks, window)
+					left, err := check(blk.NewTask(), lower, RepairLeaks, window, nil)
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -149,7 +149,7 @@ func TestDamage(t *testing.T) {
 					}
 					assertLowered(t, im, lower.Bytes())
 
-					left, err = check(blk.NewTask(), m, RepairAll, window)
+					left, err = check(blk.NewTask(), m, RepairAll, window, nil)
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -208,7 +208,7 @@ func TestRepairCrash(t *testing.T) {
 		im := newImage(t, small(16))
 		d.do(im)
 		m := im.memory()
-		before := must(check(blk.NewTask(), m, RepairNone, checkWindow))
+		before := must(check(blk.NewTask(), m, RepairNone, checkWindow, nil))
 		disk := blktest.NewCrashDisk(int64(len(im.b)))
 		if err := writeFull(blk.NewTask(), disk, im.b, 0); err != nil {
 			t.Fatal(err)
@@ -217,11 +217,11 @@ func TestRepairCrash(t *testing.T) {
 			t.Fatal(err)
 		}
 		first := disk.Points()
-		must(check(blk.NewTask(), disk, RepairAll, checkWindow))
+		must(check(blk.NewTask(), disk, RepairAll, checkWindow, nil))
 		for point := first; point <= disk.Points(); point++ {
 			for range 3 {
 				after := disk.CrashAt(point, rng)
-				r := must(check(blk.NewTask(), after, RepairNone, checkWindow))
+				r := must(check(blk.NewTask(), after, RepairNone, checkWindow, nil))
 				// A copied bit that is wrong now was wrong before: only the count was not as it had been promised.
 				for _, f := range r.Findings {
 					if strings.Contains(f.What, "the copied bit is") {
@@ -234,7 +234,7 @@ func TestRepairCrash(t *testing.T) {
 				if point == disk.Points() && r.Errors+r.Leaks > 0 {
 					t.Fatalf("%s: not durable: %+v", d.name, brief(r))
 				}
-				if r = must(check(blk.NewTask(), after, RepairAll, checkWindow)); r.Errors+r.Leaks > 0 {
+				if r = must(check(blk.NewTask(), after, RepairAll, checkWindow, nil)); r.Errors+r.Leaks > 0 {
 					t.Fatalf("%s: cut at %d of %d: cannot be repaired any more: %+v", d.name, point, disk.Points(), brief(r))
 				}
 			}
@@ -270,7 +270,7 @@ func TestRepairFaults(t *testing.T) {
 				d.do(im)
 				f := blktest.NewFault(im.memory())
 				trap := f.Add(blktest.Rule{After: i, Count: 1, Err: syscall.EIO})
-				_, err := check(blk.NewTask(), f, RepairAll, checkWindow)
+				_, err := check(blk.NewTask(), f, RepairAll, checkWindow, nil)
 				if trap.Caught() == 0 {
 					if err != nil || i < 10 {
 						t.Fatalf("%d requests, error %v", i, err)
@@ -280,7 +280,7 @@ func TestRepairFaults(t *testing.T) {
 				if !errors.Is(err, syscall.EIO) {
 					t.Fatalf("%s: request %d failed, and the check says %v", name, i, err)
 				}
-				if r, err := check(blk.NewTask(), f, RepairAll, checkWindow); err != nil || r.Errors+r.Leaks > 0 {
+				if r, err := check(blk.NewTask(), f, RepairAll, checkWindow, nil); err != nil || r.Errors+r.Leaks > 0 {
 					t.Fatalf("%s: request %d failed, and afterwards: %+v, %v", name, i, brief(r), err)
 				}
 			}
@@ -385,5 +385,39 @@ func TestCheckEndless(t *testing.T) {
 	}
 	if _, err := Check(blk.NewTask(), s, RepairNone); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("error %v", err)
+	}
+}
+
+// TestCheckWatched: whoever watches a check sees each turn begin and end, and can end it.
+func TestCheckWatched(t *testing.T) {
+	m := blktest.NewMemory(0)
+	if err := Create(blk.NewTask(), m, CreateOptions{Size: 4 << 20, ClusterSize: 512, Preallocation: "metadata"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, window := range []int64{4096, checkWindow} {
+		var last, all, calls int64
+		_, err := check(blk.NewTask(), m, RepairNone, window, func(done, total int64) error {
+			if done < last || done > total || all != 0 && total != all {
+				t.Errorf("%d of %d after %d of %d", done, total, last, all)
+			}
+			last, all = done, total
+			calls++
+			return nil
+		})
+		if err != nil || last != all || calls < 128 {
+			t.Errorf("window %d: %d calls, up to %d of %d: %v", window, calls, last, all, err)
+		}
+		for at := int64(0); at < calls; at += 37 {
+			enough, left := errors.New("enough"), at
+			_, err := check(blk.NewTask(), m, RepairAll, window, func(int64, int64) error {
+				if left--; left < 0 {
+					return enough
+				}
+				return nil
+			})
+			if !errors.Is(err, enough) {
+				t.Fatalf("window %d, ended at call %d: %v", window, at, err)
+			}
+		}
 	}
 }

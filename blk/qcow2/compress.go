@@ -192,6 +192,33 @@ type packer struct {
 	left []int64 // counts too many, of each cluster up to end
 }
 
+// canPack says whether a cluster can be counted for all users that compressed data in it may have: one for each sector.
+func canPack(maxRef uint64, clusterSize int64) bool {
+	return maxRef > uint64(clusterSize/blk.SectorSize)
+}
+
+// CheckCompression says why WriteCompressed would compress nothing in an image with these options.
+func (o CreateOptions) CheckCompression() error {
+	switch {
+	case o.DataFile != "" || o.Preallocation != "" && o.Preallocation != "off":
+		return fmt.Errorf("a compressed image with a data file or preallocation: clusters there lie where they belong: %w", blk.ErrInvalid)
+	case o.RefcountBits == 0:
+		return nil
+	}
+	if o.ClusterSize == 0 {
+		o.ClusterSize = defaultClusterSize
+	}
+	need := 1
+	for !canPack(1<<need-1, o.ClusterSize) {
+		need *= 2
+	}
+	if o.RefcountBits < need {
+		return fmt.Errorf("compressed clusters of %d bytes need reference counts of %d bits, not %d: %w",
+			o.ClusterSize, need, o.RefcountBits, blk.ErrInvalid)
+	}
+	return nil
+}
+
 // WriteCompressed writes a whole cluster, compressed if that makes it smaller. It is for images that are being made:
 // nobody else may write to the cluster, which holds no data yet, and until the next flush a power cut may leave it
 // unreadable.
@@ -205,7 +232,7 @@ func (n *Node) WriteCompressed(t *blk.Task, off int64, data []byte) error {
 		whole = append(bytes.Clone(data), make([]byte, n.clusterSize()-int64(len(data)))...)
 	}
 	var packed []byte
-	if !n.dataFile && n.maxRef > uint64(n.clusterSize()/blk.SectorSize) {
+	if !n.dataFile && canPack(n.maxRef, n.clusterSize()) {
 		err := n.heavy(t, func() (err error) {
 			packed, err = pack(n.compression, whole)
 			return err

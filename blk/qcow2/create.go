@@ -67,12 +67,14 @@ type creation struct {
 	end                      int64
 }
 
+const defaultClusterSize = 64 << 10
+
 func planImage(o CreateOptions) (*creation, error) {
 	if o.Version == 0 {
 		o.Version = 3
 	}
 	if o.ClusterSize == 0 {
-		o.ClusterSize = 64 << 10
+		o.ClusterSize = defaultClusterSize
 	}
 	if o.RefcountBits == 0 {
 		o.RefcountBits = 16

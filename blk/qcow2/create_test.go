@@ -44,7 +44,7 @@ func allOptions(size int64) []CreateOptions {
 
 func mustBeSound(t *testing.T, storage blk.Node, window int64) CheckResult {
 	t.Helper()
-	r, err := check(blk.NewTask(), storage, RepairNone, window)
+	r, err := check(blk.NewTask(), storage, RepairNone, window, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

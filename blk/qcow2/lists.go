@@ -21,6 +21,7 @@ type Snapshot struct {
 	VMClock     uint64 // nanoseconds
 	VMStateSize int64  // bytes
 	DiskSize    int64  // bytes; 0: not recorded
+	ICount      int64  // instructions that the guest had executed, of record and replay; -1: not recorded
 }
 
 // ReadSnapshots lists the internal snapshots.
@@ -41,7 +42,7 @@ func readSnapshots(t *blk.Task, storage blk.Node, h *Header) (list []Snapshot, s
 		s := Snapshot{
 			L1Offset: int64(be.Uint64(b[:])), L1Size: be.Uint32(b[8:]),
 			Seconds: be.Uint32(b[16:]), Nanoseconds: be.Uint32(b[20:]), VMClock: be.Uint64(b[24:]),
-			VMStateSize: int64(be.Uint32(b[32:])),
+			VMStateSize: int64(be.Uint32(b[32:])), ICount: -1,
 		}
 		idLen, nameLen, extra := int64(be.Uint16(b[12:])), int64(be.Uint16(b[14:])), int64(be.Uint32(b[36:]))
 		if extra > 1<<20 || at-h.SnapshotsOffset > maxDirectory ||
@@ -58,6 +59,9 @@ func readSnapshots(t *blk.Task, storage blk.Node, h *Header) (list []Snapshot, s
 		}
 		if extra >= 16 {
 			s.DiskSize = int64(be.Uint64(rest[8:]))
+		}
+		if extra >= 24 {
+			s.ICount = int64(be.Uint64(rest[16:]))
 		}
 		s.ID, s.Name = string(rest[extra:extra+idLen]), string(rest[extra+idLen:])
 		list = append(list, s)

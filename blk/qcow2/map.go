@@ -190,6 +190,74 @@ func (n *Node) Map(t *blk.Task, off, l int64) (blk.Extent, error) {
 	return below(e), err
 }
 
+// Placement is how the beginning of a range is stored in the image itself, for who shows that.
+type Placement struct {
+	Len   int64
+	State blk.State // Unallocated: the image does not say
+	// Host is where, in the data file or else the image. Zeros have a place too, if they were preallocated, and so has
+	// what is unallocated within a cluster. -1: none.
+	Host int64
+}
+
+// Locate says how the first bytes of [off, off+l) are stored, as far as they have one place.
+func (n *Node) Locate(t *blk.Task, off, l int64) (Placement, error) {
+	size := n.info.Load().Size
+	if off < 0 || l <= 0 || off >= size {
+		return Placement{}, blk.ErrRange
+	}
+	tab, err := n.table(t, off>>n.l1Shift)
+	if err != nil {
+		return Placement{}, err
+	}
+	if tab != nil {
+		defer n.cache.unpin(tab)
+	}
+	p, err := n.spanOf(t, tab, off, min(l, size-off))
+	if err != nil {
+		return Placement{}, err
+	}
+	at := Placement{Len: p.len, Host: -1}
+	switch p.kind {
+	case kindData:
+		at.Host = p.host
+		return at, nil
+	case kindPacked:
+		at.State = blk.Encoded
+		return at, nil
+	case kindZero:
+		at.State = blk.Zero
+	default: // damage was an error
+		at.State = blk.Unallocated
+	}
+	if tab != nil {
+		at.Host, at.Len = n.behind(tab, off, p.len)
+	}
+	return at, nil
+}
+
+// behind is the host offset behind [off, off+l), which is not data and lies in the table; -1: there is none. It
+// returns for how much that is so.
+func (n *Node) behind(tab *table, off, l int64) (host, got int64) {
+	in := off & (1<<n.l1Shift - 1)
+	host = -1
+	for got < l {
+		skip := (in + got) & (n.clusterSize() - 1)
+		c := tab.stableAt(int((in + got) >> n.clusterBits))
+		at := int64(-1)
+		if c.present {
+			at = c.host + skip
+		}
+		switch {
+		case got == 0:
+			host = at
+		case host < 0 && at >= 0, host >= 0 && at != host+got:
+			return host, got
+		}
+		got += min(n.clusterSize()-skip, l-got)
+	}
+	return host, got
+}
+
 // lookup is span with the table read from the storage, if need be.
 func (n *Node) lookup(t *blk.Task, off, l int64) (piece, error) {
 	tab, err := n.table(t, off>>n.l1Shift)

@@ -16,8 +16,8 @@ var errRefTable = fmt.Errorf("qcow2: rebuild the reference counts: a table of mo
 // rebuildRefcounts writes a new refcount table with new blocks behind the end of the file, and makes the header point
 // there when all of it is on stable storage. A crash before leaves the old ones in use, and the file longer. The old
 // ones are free space afterwards.
-func rebuildRefcounts(t *blk.Task, storage blk.Node, window int64) error {
-	c, err := newChecker(t, storage, RepairAll, window)
+func rebuildRefcounts(t *blk.Task, storage blk.Node, window int64, watch Watch) error {
+	c, err := newChecker(t, storage, RepairAll, window, watch)
 	if err != nil {
 		return err
 	}

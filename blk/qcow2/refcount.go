@@ -368,3 +368,41 @@ func (n *Node) changeBlock(t *blk.Task, parts []refRun) (free []refRun, err erro
 	}
 	return free, nil
 }
+
+// HasHoles reports whether the image counts clearly more clusters as in use than its file, which takes so many bytes
+// on the storage, has room for: clusters of data may be holes then, as after preallocation of metadata alone. The
+// margin is QEMU's, so that both show the same.
+func HasHoles(t *blk.Task, storage blk.Node, h *Header, allocated int64) (bool, error) {
+	table := make([]byte, int64(h.RefTableClusters)<<h.ClusterBits)
+	if err := readClipped(t, storage, blk.BytesVec(nil, table), h.RefTableOffset); err != nil {
+		return false, fmt.Errorf("qcow2: read refcount table: %w", err)
+	}
+	size := storage.Info().Size
+	room := allocated >> h.ClusterBits
+	enough := max(room*10/9, room+2)
+	buf := blk.GetBuffer(int(h.ClusterSize()))
+	defer buf.Free()
+	for left := roundUp(size, h.ClusterSize()) >> h.ClusterBits; left > 0 && len(table) > 0; table = table[8:] {
+		n := min(left, 1<<h.refBlockBits())
+		left -= n
+		off := int64(binary.BigEndian.Uint64(table))
+		switch {
+		case off == 0:
+			continue
+		case off < 0 || off&(h.ClusterSize()-1) != 0 || off >= size:
+			return false, invalid("a refcount block at %#x", off)
+		}
+		if err := readClipped(t, storage, blk.BytesVec(nil, buf.B), off); err != nil {
+			return false, fmt.Errorf("qcow2: read refcount block at %#x: %w", off, err)
+		}
+		for i := range n {
+			if getCount(buf.B, h.RefcountOrder, i) > 0 {
+				enough--
+			}
+		}
+		if enough <= 0 {
+			return true, nil
+		}
+	}
+	return false, nil
+}

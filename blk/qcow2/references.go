@@ -110,6 +110,9 @@ func (c *checker) eachL2In(lo int64, onlyActive bool, fn func(at int64, weight u
 		if onlyActive && !active {
 			continue
 		}
+		if err := c.watch(c.passed+cl-lo, c.walks()); err != nil {
+			return err
+		}
 		at := cl << c.h.ClusterBits
 		if err := c.read(c.table.B, at); err != nil {
 			return fmt.Errorf("qcow2: read the L2 table at %#x: %w", at, err)
@@ -118,8 +121,12 @@ func (c *checker) eachL2In(lo int64, onlyActive bool, fn func(at int64, weight u
 			return err
 		}
 	}
-	return nil
+	c.passed += min(c.window, c.end-lo)
+	return c.watch(c.passed, c.walks())
 }
+
+// walks is how many clusters all walks of a scan pass: for each window two walks through the whole file.
+func (c *checker) walks() int64 { return (c.end + c.window - 1) / c.window * 2 * c.end }
 
 func (c *checker) countL1(l1 area, active bool) error {
 	return c.pieces(l1, func(b []byte, at int64) (bool, error) {

@@ -16,6 +16,7 @@ import (
 	"github.com/vbauerster/mpb/v8/decor"
 
 	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/config"
 )
@@ -50,10 +51,20 @@ func needFormat(c *choice, name, short, of string) error {
 		of, short, name, strings.Join(c.from, "|"))}
 }
 
-// statusError ends the program with a status of its own. What it means was printed.
-type statusError struct{ status int }
+// statusError ends the program with a status of its own. Without an error, what it means was printed.
+type statusError struct {
+	status int
+	err    error
+}
 
-func (e *statusError) Error() string { return fmt.Sprintf("exit status %d", e.status) }
+func (e *statusError) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit status %d", e.status)
+	}
+	return e.err.Error()
+}
+
+func (e *statusError) Unwrap() error { return e.err }
 
 // target is what create and convert make.
 type target struct {
@@ -164,8 +175,12 @@ func (a *app) imageCreateCmd() *cobra.Command {
 // hint adds the flag that allows what was refused.
 func hint(err error) error {
 	switch {
+	case errors.Is(err, context.Canceled) && errors.Is(err, image.ErrPartial):
+		return fmt.Errorf("interrupted; %w", image.ErrPartial)
 	case errors.Is(err, context.Canceled):
 		return errors.New("interrupted")
+	case errors.Is(err, file.ErrInUse):
+		return fmt.Errorf("%w (stop that first; for a disk of blkstreamd use `blkstream disk`, copy, stream or commit)", err)
 	case errors.Is(err, fs.ErrExist):
 		return fmt.Errorf("%w (--existing takes it and drops what it holds)", err)
 	case errors.Is(err, image.ErrShrink):
@@ -213,7 +228,10 @@ func (a *app) imageConvertCmd() *cobra.Command {
 				return err
 			}
 			defer src.Close() //nolint:errcheck // nothing was written
-			progress, stop := a.imageProgress("convert")
+			if err := apart(src, &o, args[1]); err != nil {
+				return err
+			}
+			progress, stop := a.imageProgress("convert", true)
 			err = image.Convert(cmd.Context(), src.Root, args[1], image.ConvertOptions{Target: o, Compress: compress, Progress: progress})
 			stop()
 			if err != nil {
@@ -229,11 +247,29 @@ func (a *app) imageConvertCmd() *cobra.Command {
 	return cmd
 }
 
+// apart refuses a target that the source is read from. The locks would, too, but not say why.
+func apart(src *image.Image, o *image.CreateOptions, target string) error {
+	names := []string{target}
+	if o.DataFile != "" {
+		data, err := image.Resolve(target, o.DataFile)
+		if err != nil {
+			return fmt.Errorf("data file %w", err)
+		}
+		names = append(names, data)
+	}
+	for _, name := range names {
+		if src.Uses(name) {
+			return fmt.Errorf("%q is a file of the source: take another target", name)
+		}
+	}
+	return nil
+}
+
 // openImage opens an image with all behind it, for reading.
 func (a *app) openImage(path, format string) (*image.Image, error) {
 	g, err := image.Open(blk.NewTask(), path, format, image.Options{ReadOnly: true})
 	if err != nil {
-		return nil, err
+		return nil, hint(err)
 	}
 	a.warn(g)
 	return g, nil
@@ -263,7 +299,7 @@ become smaller: what lay beyond it is lost.`,
 			sign := strings.TrimRight(args[1][:min(1, len(args[1]))], "0123456789")
 			n, err := config.ParseSize(strings.TrimPrefix(args[1], sign))
 			if err != nil || sign != "" && sign != "+" && sign != "-" {
-				return &usageError{errors.Join(err, fmt.Errorf("bad size %q", args[1]))}
+				return &usageError{fmt.Errorf("bad size %q: want a number, or one with K, M, G or T, and + or - before it", args[1])}
 			}
 			a.started = true
 			if err := image.Resize(blk.NewTask(), args[0], format.value, sign, n, shrink); err != nil {
@@ -333,7 +369,7 @@ moved or renamed, or, without -b, to record its format.`,
 			}
 			a.started = true
 			var stop func()
-			o.Progress, stop = a.imageProgress("rebase")
+			o.Progress, stop = a.imageProgress("rebase", true)
 			err := image.Rebase(cmd.Context(), args[0], o)
 			stop()
 			if err != nil {
@@ -350,15 +386,15 @@ moved or renamed, or, without -b, to record its format.`,
 	return cmd
 }
 
-// imageProgress returns a bar on a terminal. Elsewhere there is nothing to see.
-func (a *app) imageProgress(name string) (image.Progress, func()) {
+// imageProgress returns a bar on a terminal. Elsewhere there is nothing to see. inBytes says that this is what counts.
+func (a *app) imageProgress(name string, inBytes bool) (image.Progress, func()) {
 	if !a.isTerminal(a.err) {
 		return nil, func() {}
 	}
-	return newImageBar(a.err, name)
+	return newImageBar(a.err, name, inBytes)
 }
 
-func newImageBar(w io.Writer, name string, options ...mpb.ContainerOption) (image.Progress, func()) {
+func newImageBar(w io.Writer, name string, inBytes bool, options ...mpb.ContainerOption) (image.Progress, func()) {
 	container := mpb.New(append(options, mpb.WithOutput(w))...)
 	bar := container.AddBar(0,
 		mpb.PrependDecorators(decor.Name(name+" ")),
@@ -366,13 +402,18 @@ func newImageBar(w io.Writer, name string, options ...mpb.ContainerOption) (imag
 			if s.Total <= 0 {
 				return ""
 			}
-			return fmt.Sprintf(" %d%% %s of %s", int(100*float64(s.Current)/float64(s.Total)), humanSize(s.Current), humanSize(s.Total))
+			text := fmt.Sprintf(" %d%%", int(100*float64(s.Current)/float64(s.Total)))
+			if inBytes {
+				text += fmt.Sprintf(" %s of %s", humanSize(s.Current), humanSize(s.Total))
+			}
+			return text
 		})))
 	return func(done, total int64) {
 			bar.SetTotal(max(total, 1), false)
 			bar.SetCurrent(done)
 		}, func() {
-			bar.Abort(false) // leaves the last picture
+			fmt.Fprint(w, "\r") // the terminal shows ^C where the last picture would begin
+			bar.Abort(false)    // leaves the last picture
 			container.Wait()
 		}
 }

@@ -32,6 +32,7 @@ func (a *app) imageInfoCmd() *cobra.Command {
 			a.started = true
 			// What could be found out is shown in any case.
 			all, err := image.Describe(args[0], format.value, whole, image.Options{})
+			err = hint(err)
 			switch {
 			case len(all) == 0:
 				return err
@@ -142,8 +143,15 @@ type jsonCheck struct {
 	Findings           []string `json:"findings"`
 }
 
-// exitLeaks: the image has leaks and nothing worse. It is qemu-img's status for that.
-const exitLeaks = 3
+// The statuses of check and compare are qemu-img's. Scripts must be able to tell an image that is damaged, or another
+// one, from an image that could not be read.
+const (
+	exitCorrupt = 2
+	exitLeaks   = 3 // and nothing worse
+	exitNoCheck = 63
+	exitCannot  = 2 // compare: an image could not be opened
+	exitUnread  = 4 // compare: or not be read to the end
+)
 
 func (a *app) imageCheckCmd() *cobra.Command {
 	var format choice
@@ -153,18 +161,24 @@ func (a *app) imageCheckCmd() *cobra.Command {
 		Short: "Look for errors in an image's tables, and repair them",
 		Long: `Look for errors in an image's tables, and repair them.
 
-Exit status: 0 the image is clean, or is after the repair; 1 there are errors,
-or it could not be checked; 3 there are leaks: space is lost, no data.`,
+Exit status: 0 the image is clean, or is after the repair; 1 it could not be
+checked; 2 there are errors; 3 there are leaks: space is lost, no data; 63
+images of this format have nothing to check.`,
 		Args: cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := needFormat(&format, "format", "f", args[0]); err != nil {
 				return err
 			}
 			a.started = true
 			mode := map[string]qcow2.Repair{"leaks": qcow2.RepairLeaks, "all": qcow2.RepairAll}[repair.value]
-			r, err := image.Check(args[0], format.value, mode, nil)
-			if err != nil {
-				return err
+			progress, stop := a.imageProgress("check", false)
+			r, err := image.Check(cmd.Context(), args[0], format.value, mode, nil, progress)
+			stop()
+			switch {
+			case errors.Is(err, image.ErrNoCheck):
+				return &statusError{exitNoCheck, err}
+			case err != nil:
+				return hint(err)
 			}
 			return errors.Join(a.printCheck(args[0], format.value, &r), checkStatus(&r))
 		},
@@ -177,9 +191,9 @@ or it could not be checked; 3 there are leaks: space is lost, no data.`,
 func checkStatus(r *qcow2.CheckResult) error {
 	switch {
 	case r.Errors > 0:
-		return &statusError{exitFailed}
+		return &statusError{status: exitCorrupt}
 	case r.Leaks > 0:
-		return &statusError{exitLeaks}
+		return &statusError{status: exitLeaks}
 	default:
 		return nil
 	}
@@ -265,7 +279,7 @@ only data is listed, not what reads as zeros.`,
 func (a *app) mapTable(w io.Writer, segments func(func(image.Segment) error) error) error {
 	t := newTable(w, "OFFSET", "LENGTH", "MAPPED TO", "FILE")
 	err := segments(func(s image.Segment) error {
-		if !s.Data {
+		if !s.Data || s.Zero {
 			return nil
 		}
 		at := "compressed"
@@ -320,7 +334,8 @@ func (a *app) imageCompareCmd() *cobra.Command {
 		Long: `Compare what two images read as. Where the shorter one has ended the longer one
 must have zeros.
 
-Exit status: 0 they are the same; 1 they differ, or one could not be read.`,
+Exit status: 0 they are the same; 1 they differ; 2 one could not be opened; 4 or
+not be read to the end.`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := needFormat(&formatA, "format-a", "f", args[0]); err != nil {
@@ -332,19 +347,19 @@ Exit status: 0 they are the same; 1 they differ, or one could not be read.`,
 			a.started = true
 			x, err := a.openImage(args[0], formatA.value)
 			if err != nil {
-				return err
+				return &statusError{exitCannot, err}
 			}
 			defer x.Close() //nolint:errcheck // nothing was written
 			y, err := a.openImage(args[1], formatB.value)
 			if err != nil {
-				return err
+				return &statusError{exitCannot, err}
 			}
 			defer y.Close() //nolint:errcheck // nothing was written
-			progress, stop := a.imageProgress("compare")
+			progress, stop := a.imageProgress("compare", true)
 			d, err := image.Compare(cmd.Context(), x.Root, y.Root, progress)
 			stop()
 			if err != nil {
-				return hint(err)
+				return &statusError{exitUnread, hint(err)}
 			}
 			return a.printCompare(d, x.Root.Info().Size, y.Root.Info().Size, strict)
 		},
@@ -373,7 +388,7 @@ func (a *app) printCompare(d image.Difference, sizeA, sizeB int64, strict bool) 
 		_, err = fmt.Fprintln(a.out, "the images are identical")
 	}
 	if !same {
-		return errors.Join(err, &statusError{exitFailed})
+		return errors.Join(err, &statusError{status: exitFailed})
 	}
 	return err
 }

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,8 @@ import (
 	"testing"
 
 	"github.com/vbauerster/mpb/v8"
+
+	"github.com/blkstream/blkstream/blk/file"
 )
 
 func needTool(t *testing.T, tools ...string) {
@@ -132,7 +135,7 @@ func TestImage(t *testing.T) {
 		status, out, errs := runCLI(t.Context(), append([]string{"image"}, fields(line)...)...)
 		all.WriteString("$ blkstream image " + line + "\n" + out + errs)
 		if status != 0 {
-			all.WriteString("status " + string(rune('0'+status)) + "\n")
+			fmt.Fprintf(&all, "status %d\n", status)
 		}
 	}
 	// What a file takes depends on the file system.
@@ -212,7 +215,6 @@ func contains(got, want any) string {
 		if !ok {
 			return "no object"
 		}
-		delete(w, "icount")   // of record and replay, which no disk needs
 		delete(w, "children") // QEMU's own nodes, since version 8
 		for key, v := range w {
 			if m := contains(g[key], v); m != "" {
@@ -262,10 +264,81 @@ func TestImageCheckStatus(t *testing.T) {
 	check(0, "no errors")
 	// A reference count of zero for a cluster in use.
 	patch(t, "a", 0x20000+2*6, make([]byte, 2))
-	check(exitFailed, "2 errors")
+	check(exitCorrupt, "2 errors")
 	check(0, "repaired: ", "-r", "all")
 	check(0, "no errors")
 	tool(t, "qemu-img", "check", "-q", "-f", "qcow2", "a")
+	// What could not be checked is not taken for damaged.
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, c := range []struct {
+		ctx    context.Context
+		line   string
+		status int
+		errs   string
+	}{
+		{t.Context(), "image check -f raw a", exitNoCheck, "nothing to check"},
+		{t.Context(), "image check -f qcow2 b", exitFailed, "no such file"},
+		{ctx, "image check -f qcow2 a", exitFailed, "interrupted"},
+	} {
+		if status, out, errs := runCLI(c.ctx, fields(c.line)...); status != c.status || out != "" || !strings.Contains(errs, c.errs) {
+			t.Errorf("%s: status %d, want %d with %q: %s%s", c.line, status, c.status, c.errs, out, errs)
+		}
+	}
+}
+
+// A script can tell images that differ from images that could not be compared.
+func TestImageCompareStatus(t *testing.T) {
+	t.Chdir(t.TempDir())
+	for name, data := range map[string]string{"a": "a", "b": "b"} {
+		if err := os.WriteFile(name, bytes.Repeat([]byte(data), 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, c := range []struct {
+		ctx    context.Context
+		line   string
+		status int
+		errs   string
+	}{
+		{t.Context(), "image compare -f raw -F raw a a", exitDone, ""},
+		{t.Context(), "image compare -f raw -F raw a b", exitFailed, ""},
+		{t.Context(), "image compare -f raw -F raw a c", exitCannot, "no such file"},
+		{t.Context(), "image compare -f raw -F qcow2 a b", exitCannot, "not a valid qcow2 image"},
+		{ctx, "image compare -f raw -F raw a a", exitUnread, "interrupted"},
+	} {
+		if status, _, errs := runCLI(c.ctx, fields(c.line)...); status != c.status || !strings.Contains(errs, c.errs) {
+			t.Errorf("%s: status %d, want %d with %q: %s", c.line, status, c.status, c.errs, errs)
+		}
+	}
+}
+
+// An image in use is refused by each command, with what to do.
+func TestImageInUse(t *testing.T) {
+	needTool(t, "qemu-img")
+	t.Chdir(t.TempDir())
+	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "a", "4M")
+	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "a", "-F", "qcow2", "over")
+	n, err := file.Open("a", file.Options{Grows: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	for _, line := range []string{
+		"info -f qcow2 a", "check -f qcow2 a", "map -f qcow2 a", "map -f qcow2 over", "compare -f qcow2 -F qcow2 a a",
+		"convert -f qcow2 -O raw a b", "convert -f raw -O raw --existing over a", "resize -f qcow2 a 5M",
+		"rebase -f qcow2 -u -b b -F raw a", "create -f qcow2 --existing a 1M", "create -f qcow2 -b a -F qcow2 b",
+	} {
+		status, _, errs := runCLI(t.Context(), append([]string{"image"}, fields(line)...)...)
+		if status == exitDone || !strings.Contains(errs, `"a" is in use by another process`) || !strings.Contains(errs, "stop that first") {
+			t.Errorf("%s: status %d: %s", line, status, errs)
+		}
+		if _, err := os.Stat("b"); err == nil {
+			t.Errorf("%s leaves its target", line)
+		}
+	}
 }
 
 func patch(t *testing.T, path string, off int64, b []byte) {
@@ -297,14 +370,52 @@ func TestImageConvertInterrupted(t *testing.T) {
 	if _, err := os.Stat("dst"); !os.IsNotExist(err) {
 		t.Errorf("the target is there: %v", err)
 	}
+	// One that was there before stays, and is said to be of no use.
+	if err := os.WriteFile("dst", make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	status, _, errs = runCLI(ctx, fields("image convert -f raw -O raw --existing src dst")...)
+	if status != exitFailed || !strings.Contains(errs, "interrupted; the target is not complete") {
+		t.Errorf("status %d: %s", status, errs)
+	}
+	if _, err := os.Stat("dst"); err != nil {
+		t.Error(err)
+	}
+}
+
+// Nothing is written over what is read.
+func TestImageConvertOntoSource(t *testing.T) {
+	needTool(t, "qemu-img")
+	t.Chdir(t.TempDir())
+	tool(t, "qemu-img", "create", "-q", "-f", "raw", "base", "1M")
+	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "top")
+	if err := os.Link("base", "other"); err != nil {
+		t.Fatal(err)
+	}
+	for _, target := range []string{"top", "base", "other", "--data-file base x"} {
+		status, _, errs := runCLI(t.Context(), fields("image convert -f qcow2 -O qcow2 --existing top "+target)...)
+		if status != exitFailed || !strings.Contains(errs, "is a file of the source") {
+			t.Errorf("onto %s: status %d: %s", target, status, errs)
+		}
+	}
+	tool(t, "qemu-img", "check", "-q", "-f", "qcow2", "top")
 }
 
 func TestImageBar(t *testing.T) {
 	var out bytes.Buffer
-	progress, stop := newImageBar(&out, "convert", mpb.WithWidth(80), mpb.WithAutoRefresh())
+	progress, stop := newImageBar(&out, "convert", true, mpb.WithWidth(80), mpb.WithAutoRefresh())
 	progress(512<<20, 1<<30)
 	stop()
 	if !strings.Contains(out.String(), "convert ") || !strings.Contains(out.String(), "50% 512 MiB of 1 GiB") {
+		t.Errorf("%q", out.String())
+	}
+	// A repair takes several turns, in a unit that says nothing to anyone.
+	out.Reset()
+	progress, stop = newImageBar(&out, "check", false, mpb.WithWidth(80), mpb.WithAutoRefresh())
+	progress(90, 100)
+	progress(10, 100)
+	stop()
+	if !strings.Contains(out.String(), " 10%\n") {
 		t.Errorf("%q", out.String())
 	}
 }

@@ -29,6 +29,7 @@ var version = "devel"
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends what does not listen, as storage that hangs
 	os.Exit(newApp(os.Stdout, os.Stderr).run(ctx, os.Args[1:]))
 }
 
@@ -42,6 +43,9 @@ func (a *app) run(ctx context.Context, args []string) int {
 	}
 	var status *statusError
 	if errors.As(err, &status) {
+		if status.err != nil {
+			fmt.Fprintf(a.err, "blkstream: %v\n", err)
+		}
 		return status.status
 	}
 	if ctx.Err() != nil && errors.Is(err, context.Canceled) {

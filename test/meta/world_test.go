@@ -677,7 +677,7 @@ func (w *world) checkImage(l layer) {
 	case w.throughAddCow(l):
 		var res qcow2.CheckResult
 		err := patiently(func() (err error) {
-			res, err = image.Check(l.path, l.format, qcow2.RepairNone, nil)
+			res, err = image.Check(context.Background(), l.path, l.format, qcow2.RepairNone, nil, nil)
 			return err
 		})
 		if err != nil || res.Errors > 0 || res.Leaks > 0 && !w.killed {

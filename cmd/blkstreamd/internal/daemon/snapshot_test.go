@@ -57,7 +57,7 @@ func (b *bed) imageHolds(path, format string, fill byte) {
 // sound wants a qcow2 image without errors and without leaks.
 func (b *bed) sound(path string) {
 	b.Helper()
-	r, err := image.Check(path, image.Qcow2, qcow2.RepairNone, nil)
+	r, err := image.Check(b.Context(), path, image.Qcow2, qcow2.RepairNone, nil, nil)
 	b.must(err)
 	if r.Errors != 0 || r.Leaks != 0 {
 		b.Errorf("%s: %+v", path, r)
