@@ -358,3 +358,85 @@ func TestMarkIsDurable(t *testing.T) {
 		}
 	}
 }
+
+// TestPackedReuse: compressed data that comes to a place where other data lay, and was read, reads as itself.
+func TestPackedReuse(t *testing.T) {
+	const cluster, clusters = 4096, 16
+	m := blktest.NewMemory(0)
+	if err := Create(blk.NewTask(), m, CreateOptions{Size: clusters * cluster, ClusterSize: cluster}); err != nil {
+		t.Fatal(err)
+	}
+	n := reserveLittle(mustOpen(t, m, Options{Name: "test"}))
+	seen, again := map[l2Entry]bool{}, 0
+	for round := range 10 {
+		for i := range int64(clusters) {
+			want := make([]byte, cluster)
+			copy(want, pattern(uint64(round)*clusters+uint64(i), cluster/2))
+			if err := n.WriteCompressed(blk.NewTask(), i*cluster, want); err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, cluster)
+			mustDo(t, n, &blk.Request{Op: blk.OpRead, Off: i * cluster, Len: cluster, Data: blk.BytesVec(nil, got)})
+			if !bytes.Equal(got, want) {
+				t.Fatalf("round %d: cluster %d reads as something else", round, i)
+			}
+			e := n.l1.Load().tables[0].Load().stableAt(int(i)).packed
+			if seen[e] {
+				again++
+			}
+			seen[e] = true
+		}
+		mustDo(t, n, &blk.Request{Op: blk.OpWriteZeroes, Flags: blk.Unmap, Len: clusters * cluster})
+		mustDo(t, n, &blk.Request{Op: blk.OpFlush})
+	}
+	if again == 0 {
+		t.Error("no place was used again")
+	}
+	mustClose(t, n)
+	checkClean(t, m.Bytes(), false)
+}
+
+// TestFreeAfterTable: a place is not given up before the table without it is written, whoever frees clusters meanwhile.
+func TestFreeAfterTable(t *testing.T) {
+	const cluster = 4096
+	m := blktest.NewMemory(0)
+	if err := Create(blk.NewTask(), m, CreateOptions{Size: 1 << 20, ClusterSize: cluster}); err != nil {
+		t.Fatal(err)
+	}
+	h := &hooked{Memory: m}
+	n := mustOpen(t, h, Options{Name: "test"})
+	if err := n.WriteCompressed(blk.NewTask(), 0, bytes.Repeat([]byte("old"), cluster)[:cluster]); err != nil {
+		t.Fatal(err)
+	}
+	writeAt(t, n, cluster, pattern(1, cluster))
+	mustClose(t, n) // the counts of the compressed one are lowered to what they should be
+	n = mustOpen(t, h, Options{Name: "test"})
+	readAll(t, n)
+	table := n.l1.Load().tables[0].Load().host
+	for _, r := range []*blk.Request{
+		{Op: blk.OpWriteZeroes, Flags: blk.Unmap, Off: cluster, Len: cluster},
+		{Op: blk.OpWrite, Len: 512, Data: blk.BytesVec(nil, pattern(2, 512))}, // a copy of the compressed one
+	} {
+		held, proceed := make(chan struct{}), make(chan struct{})
+		hook := func(r *blk.Request, do func() error) error {
+			if r.Op == blk.OpWrite && r.Off == table {
+				close(held)
+				<-proceed
+			}
+			return do()
+		}
+		h.hook.Store(&hook)
+		done := make(chan error, 1)
+		go func() { done <- blk.Do(blk.NewTask(), n, r) }()
+		<-held
+		mustDo(t, n, &blk.Request{Op: blk.OpFlush})
+		checkNow(t, m)
+		close(proceed)
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		h.hook.Store(nil)
+	}
+	mustClose(t, n)
+	checkClean(t, m.Bytes(), false)
+}
