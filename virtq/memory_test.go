@@ -60,7 +60,7 @@ func mapRegion(t testing.TB, f *os.File, gpa, size, user, off uint64) *Region {
 // TestAddressSpace: sparse files cannot use up the process's address space.
 func TestAddressSpace(t *testing.T) {
 	f := tempFile(t, 0)
-	const size = 16 << 40
+	const size = 1 << 40
 	fd, err := unix.MemfdCreate("sparse", unix.MFD_CLOEXEC)
 	if err != nil {
 		t.Fatal(err)
@@ -69,18 +69,22 @@ func TestAddressSpace(t *testing.T) {
 	if err := unix.Ftruncate(fd, size); err != nil {
 		t.Fatal(err)
 	}
+	// The race detector leaves too little to map it all.
+	others := maxMapped - 2*size - mapped.Load()
+	mapped.Add(others)
+	defer mapped.Add(-others)
 	before := mapped.Load()
 	for range 2 {
 		var all []*Region
 		for {
 			r, err := MapRegion(fd, 0, size, 0, 0)
-			if err != nil {
+			if err != nil || len(all) > 2 {
 				break
 			}
 			all = append(all, r)
 		}
-		if n := len(all); n != maxMapped/size {
-			t.Errorf("%d regions of 16 TiB", n)
+		if n := len(all); n != 2 {
+			t.Errorf("%d regions", n)
 		}
 		// One that cannot be mapped takes nothing.
 		if _, err := MapRegion(int(f.Fd()), 0, 4096, 0, 0); err == nil {
