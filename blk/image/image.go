@@ -37,6 +37,7 @@ var (
 	ErrName     = errors.New("not the name of a file on this host")
 	ErrLoop     = errors.New("the chain of images leads back into itself")
 	ErrDepth    = errors.New("the chain of images is too deep")
+	ErrInUse    = file.ErrInUse
 )
 
 // Options of Open.

@@ -415,8 +415,8 @@ func TestCheckWatched(t *testing.T) {
 				}
 				return nil
 			})
-			if !errors.Is(err, enough) {
-				t.Fatalf("window %d, ended at call %d: %v", window, at, err)
+			if !errors.Is(err, enough) || left != -1 {
+				t.Fatalf("window %d, ended at call %d, and %d more: %v", window, at, -1-left, err)
 			}
 		}
 	}

@@ -16,7 +16,6 @@ import (
 	"github.com/vbauerster/mpb/v8/decor"
 
 	"github.com/blkstream/blkstream/blk"
-	"github.com/blkstream/blkstream/blk/file"
 	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/config"
 )
@@ -179,7 +178,7 @@ func hint(err error) error {
 		return fmt.Errorf("interrupted; %w", image.ErrPartial)
 	case errors.Is(err, context.Canceled):
 		return errors.New("interrupted")
-	case errors.Is(err, file.ErrInUse):
+	case errors.Is(err, image.ErrInUse):
 		return fmt.Errorf("%w (stop that first; for a disk of blkstreamd use `blkstream disk`, copy, stream or commit)", err)
 	case errors.Is(err, fs.ErrExist):
 		return fmt.Errorf("%w (--existing takes it and drops what it holds)", err)

@@ -17,7 +17,8 @@ import (
 
 	"github.com/vbauerster/mpb/v8"
 
-	"github.com/blkstream/blkstream/blk/file"
+	"github.com/blkstream/blkstream/blk"
+	"github.com/blkstream/blkstream/blk/image"
 )
 
 func needTool(t *testing.T, tools ...string) {
@@ -321,7 +322,7 @@ func TestImageInUse(t *testing.T) {
 	t.Chdir(t.TempDir())
 	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "a", "4M")
 	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "a", "-F", "qcow2", "over")
-	n, err := file.Open("a", file.Options{Grows: true})
+	n, err := image.Open(blk.NewTask(), "a", image.Qcow2, image.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
