@@ -187,7 +187,7 @@ func TestCopyFullTarget(t *testing.T) {
 				t.Errorf("the images differ in %v", bad)
 			}
 			if c.req.Format == image.Qcow2 {
-				r, err := image.Check(target, image.Qcow2, qcow2.RepairNone, nil)
+				r, err := image.Check(t.Context(), target, image.Qcow2, qcow2.RepairNone, nil, nil)
 				if err != nil || r.Errors+r.Leaks > 0 {
 					t.Errorf("the target: %+v, %v", r, err)
 				}
