@@ -45,8 +45,8 @@ func Tasks(t *testing.T) func(func(*blk.Task)) {
 // idle is a queue without requests.
 type idle struct{}
 
-func (idle) Work() bool { return false }
+func (idle) Work() bool    { return false }
 func (idle) Publish() bool { return false }
-func (idle) Poll() bool { return false }
-func (idle) Arm() bool  { return false }
-func (idle) Disarm()    {}
+func (idle) Poll() bool    { return false }
+func (idle) Arm() bool     { return false }
+func (idle) Disarm()       {}
