@@ -141,6 +141,7 @@ type Job struct {
 
 	mu        sync.Mutex
 	rec       Record
+	unsaved   bool          // the journal says something older
 	before    string        // the state to go back to after a pause
 	switching bool          // the user asked for the switch
 	changed   chan struct{} // closed and replaced when rec changes
@@ -176,12 +177,18 @@ func (j *Job) updateLocked(fn func(*Record)) {
 	fn(&j.rec)
 	if old.Stage != j.rec.Stage || old.State != j.rec.State || old.Error != j.rec.Error ||
 		old.TargetConsistent != j.rec.TargetConsistent || old.Options != j.rec.Options {
-		if err := j.store.Save(jobs, j.rec.ID, &j.rec); err != nil && j.rec.Error == "" {
+		if err := j.saveLocked(); err != nil && j.rec.Error == "" {
 			j.rec.Error = err.Error()
 		}
 	}
 	close(j.changed)
 	j.changed = make(chan struct{})
+}
+
+func (j *Job) saveLocked() error {
+	err := j.store.Save(jobs, j.rec.ID, &j.rec)
+	j.unsaved = err != nil
+	return err
 }
 
 // Commands.
@@ -375,4 +382,35 @@ func (j *Job) finish(err error, ctxErr error) {
 			r.State, r.Error = StateFailed, err.Error()
 		}
 	})
+}
+
+// saveEvery is how often the end of a job is tried to be written that the journal did not take. Tests change it.
+var saveEvery = time.Second
+
+// persist writes the end of a job that the journal did not take, as soon as it does, or until over is closed: the next
+// daemon would take the job up again, and write to a target that is not its own any more.
+func (j *Job) persist(over <-chan struct{}) {
+	tick := time.NewTicker(saveEvery)
+	defer tick.Stop()
+	for j.pending() {
+		select {
+		case <-tick.C:
+		case <-over:
+			return
+		}
+	}
+}
+
+func (j *Job) pending() bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return Ended(j.rec.State) && j.unsaved && j.saveLocked() != nil
+}
+
+// forget takes the job out of the journal.
+func (j *Job) forget() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.unsaved = false
+	return j.store.Delete(jobs, j.rec.ID)
 }

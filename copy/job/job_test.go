@@ -74,7 +74,7 @@ func TestStore(t *testing.T) {
 		t.Errorf("loaded %+v %v %v", got, ok, err)
 	}
 	// What a crash in the middle of Save leaves is not a record.
-	if err := os.WriteFile(s.path("kind", "x")+".new", []byte(`{"A`), 0o600); err != nil {
+	if err := os.WriteFile(s.Path("kind", "x")+".new", []byte(`{"A`), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if ids, err := s.IDs("kind"); len(ids) != 1 || ids[0] != "x" || err != nil {
@@ -140,7 +140,7 @@ func TestStoreFails(t *testing.T) {
 	if err := s.Save("kind", "x", "old"); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Mkdir(s.path("kind", "x")+".new", 0o700); err != nil { // in the way
+	if err := os.Mkdir(s.Path("kind", "x")+".new", 0o700); err != nil { // in the way
 		t.Fatal(err)
 	}
 	if err := s.Save("kind", "x", "new"); err == nil {
@@ -573,5 +573,46 @@ func TestStoreDurable(t *testing.T) {
 	want = slices.Insert(want, 1, "fsync ") // the folder is new the first time
 	if !slices.Equal(got, want) {
 		t.Errorf("the order of the calls:\n got %q\nwant %q\n%s", got, want, trace)
+	}
+}
+
+// The end of a job that the journal did not take is written when it does: the next daemon must not take the job up.
+func TestEndIsSavedLate(t *testing.T) {
+	was := saveEvery
+	saveEvery = time.Millisecond
+	t.Cleanup(func() { saveEvery = was })
+	dir := t.TempDir()
+	m, _ := open(t, dir)
+	j, _ := start(t, m, Record{ID: "j", Kind: "copy", Disk: "d"})
+	blocker := filepath.Join(dir, jobs, "j.json.new") // which no file can be written over
+	if err := os.Mkdir(blocker, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Cancel(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if r := j.Record(); r.State != StateCancelled || !strings.Contains(r.Error, "state directory") {
+		t.Errorf("cancelled, with a journal that cannot be written: %+v", r)
+	}
+	if _, rest := open(t, dir); len(rest) != 1 {
+		t.Fatal("the journal was written")
+	}
+	if err := os.Remove(blocker); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		if _, rest := open(t, dir); len(rest) == 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the end is never written")
+		}
+	}
+	if err := m.Dismiss("j"); err != nil {
+		t.Error(err)
+	}
+	time.Sleep(5 * saveEvery)
+	if ids, err := m.store.IDs(jobs); len(ids) > 0 || err != nil {
+		t.Errorf("dismissed, and still in the journal: %v %v", ids, err)
 	}
 }

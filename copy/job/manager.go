@@ -27,14 +27,15 @@ type Manager struct {
 	store *Store
 
 	mu   sync.Mutex
-	jobs []*Job // oldest first
-	over bool   // Shutdown was called
+	jobs []*Job        // oldest first
+	over bool          // Shutdown was called
+	end  chan struct{} // closed then
 }
 
 // NewManager reads the journal. Jobs that had ended are there to be looked at; those that had not are returned, for
 // the caller to start again or to give up.
 func NewManager(store *Store) (*Manager, []Record, error) {
-	m := &Manager{store: store}
+	m := &Manager{store: store, end: make(chan struct{})}
 	ids, err := store.IDs(jobs)
 	if err != nil {
 		return nil, nil, err
@@ -44,6 +45,9 @@ func NewManager(store *Store) (*Manager, []Record, error) {
 		var r Record
 		if _, err := store.Load(jobs, id, &r); err != nil {
 			return nil, nil, err
+		}
+		if r.ID != id || r.State == "" {
+			return nil, nil, fmt.Errorf("state directory: %s is damaged: it does not name its job and state", store.Path(jobs, id))
 		}
 		if !Ended(r.State) {
 			open = append(open, r)
@@ -117,10 +121,11 @@ func (m *Manager) Start(r Record, run func(ctx context.Context, j *Job) error) (
 	j.cancel = cancel
 	m.jobs = append(m.jobs, j)
 	go func() {
-		defer close(j.done)
-		defer cancel(nil)
 		err := run(ctx, j)
 		j.finish(err, context.Cause(ctx))
+		cancel(nil)
+		close(j.done)
+		j.persist(m.end)
 	}()
 	return j, nil
 }
@@ -172,7 +177,7 @@ func (m *Manager) Dismiss(id string) error {
 	if r := j.Record(); !Ended(r.State) {
 		return errState("job %s is %s: cancel it first", id, r.State)
 	}
-	if err := m.store.Delete(jobs, id); err != nil {
+	if err := j.forget(); err != nil {
 		return err
 	}
 	m.jobs = slices.DeleteFunc(m.jobs, func(o *Job) bool { return o == j })
@@ -183,7 +188,10 @@ func (m *Manager) Dismiss(id string) error {
 // can go on with them.
 func (m *Manager) Shutdown() {
 	m.mu.Lock()
-	m.over = true
+	if !m.over {
+		m.over = true
+		close(m.end)
+	}
 	m.mu.Unlock()
 	for _, j := range m.List() {
 		j.cancel(errShutdown)

@@ -31,7 +31,8 @@ var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$`)
 // with a sign.
 func ValidID(id string) bool { return idPattern.MatchString(id) }
 
-func (s *Store) path(kind, id string) string { return filepath.Join(s.dir, kind, id+".json") }
+// Path is the file of a record.
+func (s *Store) Path(kind, id string) string { return filepath.Join(s.dir, kind, id+".json") }
 
 // Save writes the record.
 func (s *Store) Save(kind, id string, v any) error {
@@ -42,7 +43,7 @@ func (s *Store) Save(kind, id string, v any) error {
 	if err != nil {
 		return fmt.Errorf("state directory: %w", err)
 	}
-	path := s.path(kind, id)
+	path := s.Path(kind, id)
 	dir := filepath.Dir(path)
 	if err := os.Mkdir(dir, 0o700); err == nil {
 		err = syncDir(s.dir)
@@ -88,7 +89,7 @@ func syncDir(dir string) error {
 
 // Load reads a record into v; false: there is none.
 func (s *Store) Load(kind, id string, v any) (bool, error) {
-	b, err := os.ReadFile(s.path(kind, id))
+	b, err := os.ReadFile(s.Path(kind, id))
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
@@ -96,7 +97,7 @@ func (s *Store) Load(kind, id string, v any) (bool, error) {
 		return false, fmt.Errorf("state directory: %w", err)
 	}
 	if err := json.Unmarshal(b, v); err != nil {
-		return false, fmt.Errorf("state directory: %s is damaged: %w", s.path(kind, id), err)
+		return false, fmt.Errorf("state directory: %s is damaged: %w", s.Path(kind, id), err)
 	}
 	return true, nil
 }
@@ -118,7 +119,7 @@ func (s *Store) IDs(kind string) ([]string, error) {
 
 // Delete removes a record durably. One that is not there is no error.
 func (s *Store) Delete(kind, id string) error {
-	path := s.path(kind, id)
+	path := s.Path(kind, id)
 	if err := os.Remove(path); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	} else if err != nil {

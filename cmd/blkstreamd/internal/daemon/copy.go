@@ -444,7 +444,9 @@ func (d *Daemon) resumeJob(r job.Record) error {
 	c, why := k.copying, k.notGoing
 	if c != nil {
 		if why = c.untouched(c.rec.Target); why != nil {
-			c.again()
+			if err := c.again(d.store, r.ID); err != nil {
+				return err
+			}
 		}
 	}
 	if why != nil {

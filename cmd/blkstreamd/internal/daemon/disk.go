@@ -81,11 +81,23 @@ type disk struct {
 
 func (d *Daemon) ctx() context.Context { return context.Background() }
 
+// loadRecord loads the record of a disk; false: it has none.
+func (d *Daemon) loadRecord(id string, r *record) (bool, error) {
+	found, err := d.store.Load(recordKind, id, r)
+	if err == nil && found && !r.valid() {
+		err = fmt.Errorf("state directory: %s is damaged: it names no image", d.store.Path(recordKind, id))
+	}
+	return found, err
+}
+
+// valid: else what the record says is not what a daemon has written.
+func (r record) valid() bool { return r.Image != "" && r.Format != "" }
+
 // startConfigured serves a disk of the configuration from the image that it is on, which is another one than
 // configured after a switch.
 func (d *Daemon) startConfigured(spec config.Disk) error {
 	var r record
-	found, err := d.store.Load(recordKind, spec.ID, &r)
+	found, err := d.loadRecord(spec.ID, &r)
 	if err != nil {
 		return err
 	}
@@ -145,15 +157,15 @@ func (d *Daemon) startAdded() error {
 	}
 	for _, id := range ids {
 		var r record
-		if _, err := d.store.Load(recordKind, id, &r); err != nil {
+		if _, err := d.loadRecord(id, &r); err != nil {
 			return err
 		}
 		if r.Added == nil {
 			continue
 		}
 		if _, err := d.startDisk(*r.Added, r); err != nil {
-			return fmt.Errorf("disk %q, which was added at run time: %w; to forget it remove %s/%s/%s.json",
-				id, err, d.file.Daemon.StateDir, recordKind, id)
+			return fmt.Errorf("disk %q, which was added at run time: %w; to forget it remove %s",
+				id, err, d.store.Path(recordKind, id))
 		}
 	}
 	return nil

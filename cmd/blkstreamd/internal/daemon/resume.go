@@ -190,10 +190,15 @@ func (s *copyState) open(r job.Record, img *image.Image) (_ blk.Node, err error)
 	return mirror.New(img.Root, s.state), nil
 }
 
-// again lets the copy begin at its beginning.
-func (s *copyState) again() {
-	s.state.SetBulk(0)
+// again lets the copy begin at its beginning. That the target is not blank any more is durable before the bulk stage begins:
+// the next daemon would leave out what is a hole in the source, and whatever the target holds there would stay.
+func (s *copyState) again(store *job.Store, id string) error {
 	s.rec.Blank, s.rec.Pack = false, false
+	if err := store.Save(copyKind, id, &s.rec); err != nil {
+		return err
+	}
+	s.state.SetBulk(0)
+	return nil
 }
 
 // mapFile makes the file, or takes the one that is there.

@@ -495,3 +495,38 @@ func TestCopyLeftovers(t *testing.T) {
 	}
 	b.stop(d)
 }
+
+// A copy that began again because of what somebody has done to its new target knows that this is not blank any more, also
+// in the daemon after the next.
+func TestCopyBeginsAgainTwice(t *testing.T) {
+	b := newBed(t)
+	b.slack(time.Second)
+	source, target := b.full("source"), b.path("target")
+	b.must(os.Truncate(source, diskSize/2))
+	b.must(os.Truncate(source, diskSize)) // a hole
+	f := b.load("", b.disk("disk0", source))
+	d, c := b.start(f)
+	_, err := c.Copy(t.Context(), &control.CopyRequest{Id: "j", Disk: "disk0", Target: target, Speed: 256 << 10})
+	b.must(err)
+	_, err = c.JobPause(t.Context(), &control.JobPauseRequest{Id: "j"})
+	b.must(err)
+	b.stop(d)
+	time.Sleep(2 * stampSlack)
+	b.spoil(target, image.Raw, []int64{diskSize - copyBlock})
+	d, c = b.start(f)
+	if j := b.job(c); j.State != job.StatePaused || !strings.Contains(j.Message, "target was changed") {
+		t.Errorf("after a restart: %v", j)
+	}
+	b.stop(d)
+	d, c = b.start(f)
+	if j := b.job(c); !strings.Contains(j.Message, "goes on where it was") {
+		t.Errorf("after another restart: %v", j)
+	}
+	_, err = c.JobSpeed(t.Context(), &control.JobSpeedRequest{Id: "j"})
+	b.must(err)
+	b.resumeAndSwitch(c)
+	b.stop(d)
+	if bad := b.differ(source, image.Raw, target, image.Raw); len(bad) > 0 {
+		t.Errorf("the images differ in %v", bad)
+	}
+}

@@ -136,7 +136,7 @@ func (s *service) DiskAdd(_ context.Context, r *control.DiskAddRequest) (*contro
 	}
 	// What is known of a disk of this id counts, also when it was removed for now: it may have been moved.
 	var old record
-	if _, err := s.d.store.Load(recordKind, spec.ID, &old); err != nil {
+	if _, err := s.d.loadRecord(spec.ID, &old); err != nil {
 		return nil, err
 	}
 	if old.Image != "" && old.Image != spec.Image && (len(old.Moved) > 0 || s.d.file.ImageLine(spec.ID) > 0) {

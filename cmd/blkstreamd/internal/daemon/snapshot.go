@@ -297,9 +297,12 @@ func (d *Daemon) finishSnapshots() error {
 		if _, err := d.store.Load(snapshotKind, id, &s); err != nil {
 			return err
 		}
+		if len(s.Moves) == 0 || slices.ContainsFunc(s.Moves, func(m moveRecord) bool { return m.Disk == "" || !m.To.valid() }) {
+			return fmt.Errorf("state directory: %s is damaged: it does not name disks and images", d.store.Path(snapshotKind, id))
+		}
 		for _, m := range s.Moves {
 			var r record
-			found, err := d.store.Load(recordKind, m.Disk, &r)
+			found, err := d.loadRecord(m.Disk, &r)
 			if err != nil {
 				return err
 			}
