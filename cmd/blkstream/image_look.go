@@ -143,14 +143,11 @@ type jsonCheck struct {
 	Findings           []string `json:"findings"`
 }
 
-// The statuses of check and compare are qemu-img's. Scripts must be able to tell an image that is damaged, or another
-// one, from an image that could not be read.
+// Statuses of check and compare beside those of all commands: qemu-img's, where those leave room.
 const (
-	exitCorrupt = 2
-	exitLeaks   = 3 // and nothing worse
+	exitLeaks   = 3 // check: and nothing worse
 	exitNoCheck = 63
-	exitCannot  = 2 // compare: an image could not be opened
-	exitUnread  = 4 // compare: or not be read to the end
+	exitUnread  = 4 // compare: who takes images for different must not do so because one could not be read
 )
 
 func (a *app) imageCheckCmd() *cobra.Command {
@@ -161,9 +158,9 @@ func (a *app) imageCheckCmd() *cobra.Command {
 		Short: "Look for errors in an image's tables, and repair them",
 		Long: `Look for errors in an image's tables, and repair them.
 
-Exit status: 0 the image is clean, or is after the repair; 1 it could not be
-checked; 2 there are errors; 3 there are leaks: space is lost, no data; 63
-images of this format have nothing to check.`,
+Exit status: 0 the image is clean, or is after the repair; 1 there are errors,
+or it could not be checked; 3 there are leaks: space is lost, no data; 63 images
+of this format have nothing to check.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := needFormat(&format, "format", "f", args[0]); err != nil {
@@ -191,7 +188,7 @@ images of this format have nothing to check.`,
 func checkStatus(r *qcow2.CheckResult) error {
 	switch {
 	case r.Errors > 0:
-		return &statusError{status: exitCorrupt}
+		return &statusError{status: exitFailed}
 	case r.Leaks > 0:
 		return &statusError{status: exitLeaks}
 	default:
@@ -334,8 +331,7 @@ func (a *app) imageCompareCmd() *cobra.Command {
 		Long: `Compare what two images read as. Where the shorter one has ended the longer one
 must have zeros.
 
-Exit status: 0 they are the same; 1 they differ; 2 one could not be opened; 4 or
-not be read to the end.`,
+Exit status: 0 they are the same; 1 they differ; 4 one could not be read.`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := needFormat(&formatA, "format-a", "f", args[0]); err != nil {
@@ -347,12 +343,12 @@ not be read to the end.`,
 			a.started = true
 			x, err := a.openImage(args[0], formatA.value)
 			if err != nil {
-				return &statusError{exitCannot, err}
+				return &statusError{exitUnread, err}
 			}
 			defer x.Close() //nolint:errcheck // nothing was written
 			y, err := a.openImage(args[1], formatB.value)
 			if err != nil {
-				return &statusError{exitCannot, err}
+				return &statusError{exitUnread, err}
 			}
 			defer y.Close() //nolint:errcheck // nothing was written
 			progress, stop := a.imageProgress("compare", true)

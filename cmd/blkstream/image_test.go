@@ -265,11 +265,11 @@ func TestImageCheckStatus(t *testing.T) {
 	check(0, "no errors")
 	// A reference count of zero for a cluster in use.
 	patch(t, "a", 0x20000+2*6, make([]byte, 2))
-	check(exitCorrupt, "2 errors")
+	check(exitFailed, "2 errors")
 	check(0, "repaired: ", "-r", "all")
 	check(0, "no errors")
 	tool(t, "qemu-img", "check", "-q", "-f", "qcow2", "a")
-	// What could not be checked is not taken for damaged.
+	// Of what could not be checked nothing is printed.
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	for _, c := range []struct {
@@ -306,8 +306,8 @@ func TestImageCompareStatus(t *testing.T) {
 	}{
 		{t.Context(), "image compare -f raw -F raw a a", exitDone, ""},
 		{t.Context(), "image compare -f raw -F raw a b", exitFailed, ""},
-		{t.Context(), "image compare -f raw -F raw a c", exitCannot, "no such file"},
-		{t.Context(), "image compare -f raw -F qcow2 a b", exitCannot, "not a valid qcow2 image"},
+		{t.Context(), "image compare -f raw -F raw a c", exitUnread, "no such file"},
+		{t.Context(), "image compare -f raw -F qcow2 a b", exitUnread, "not a valid qcow2 image"},
 		{ctx, "image compare -f raw -F raw a a", exitUnread, "interrupted"},
 	} {
 		if status, _, errs := runCLI(c.ctx, fields(c.line)...); status != c.status || !strings.Contains(errs, c.errs) {
