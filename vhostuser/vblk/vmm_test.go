@@ -22,7 +22,7 @@ import (
 )
 
 // What the front-ends that are not QEMU send, message by message, with a guest's requests in between. Each test names the
-// version that was looked at. QEMU itself is in test/e2e, with libblkio.
+// version that was looked at. QEMU itself is in test/e2e.
 
 const (
 	vmmRegions    = 12 // of 2 MiB; queue i's rings lie in region i
