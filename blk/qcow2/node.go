@@ -19,9 +19,9 @@
 // memory holds, before any other metadata is changed.
 //
 // Locks, in the order in which they may be taken; all but the last two are task locks and may be held over I/O:
-// Node.resizing, Node.prepares, guest ranges (Node.clusters), loading or making a table (Node.loads), the packer, reference counts
-// (Node.alloc), settling, one of {L1, blocks of an L2 table, a refcount block, header}, making a file longer, flushing;
-// Cache.mu, Node.mu.
+// Node.resizing, Node.prepares, guest ranges (Node.clusters), loading or making a table (Node.loads), the packer,
+// reference counts (Node.alloc), settling, one of {L1, blocks of an L2 table, a refcount block, header}, making a file
+// longer, flushing; Cache.mu, Node.mu.
 // Whoever is counted in Node.users waits for none of them.
 package qcow2
 

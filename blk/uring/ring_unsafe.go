@@ -117,6 +117,7 @@ type Ring struct {
 	enterFd int     // what io_uring_enter is called with: fd, or its place in the thread's table
 	enter   uintptr // flags that say which
 	hasCall bool    // slot 0 of the ring's files is there
+	slot    int32   // what SetCall puts there
 	ringMem []byte
 	sqeMem  []byte
 
@@ -262,11 +263,13 @@ func (r *Ring) SetCall(fd int) bool {
 	if !r.hasCall {
 		return false
 	}
-	slot := int32(fd)
-	u := rsrcUpdate{data: uint64(uintptr(unsafe.Pointer(&slot)))}
-	// SAFETY: u and slot live over the call; struct io_uring_files_update has the layout of rsrcUpdate.
+	r.slot = int32(fd)
+	// SAFETY: r is on the heap, which does not move: a local variable would with the goroutine's stack, and the kernel would
+	// then take any file for the eventfd.
+	u := rsrcUpdate{data: uint64(uintptr(unsafe.Pointer(&r.slot)))}
+	// SAFETY: u lives over the call; struct io_uring_files_update has the layout of rsrcUpdate.
 	_, _, e := syscall.Syscall6(unix.SYS_IO_URING_REGISTER, uintptr(r.fd), registerFilesUpdate, uintptr(unsafe.Pointer(&u)), 1, 0, 0)
-	runtime.KeepAlive(&slot)
+	runtime.KeepAlive(r)
 	return e == 0 && fd >= 0
 }
 
