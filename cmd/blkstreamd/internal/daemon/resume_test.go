@@ -400,11 +400,7 @@ func TestCopyWithoutState(t *testing.T) {
 		prepare   func(b *bed, dir string)
 	}{
 		{"full", "no space left", func(b *bed, dir string) {
-			b.must(os.Mkdir(dir, 0o700))
-			if err := unix.Mount("none", dir, "tmpfs", 0, "size=4k"); err != nil {
-				b.Skipf("no file system can be mounted here: %v", err)
-			}
-			b.Cleanup(func() { b.must(unix.Unmount(dir, unix.MNT_DETACH)) })
+			b.mount(dir, "size=4k")
 			b.must(os.WriteFile(filepath.Join(dir, "other"), make([]byte, 4096), 0o600))
 		}},
 		{"on a disk", "not on tmpfs", func(b *bed, dir string) { b.must(os.Mkdir(dir, 0o700)) }},
@@ -529,4 +525,17 @@ func TestCopyBeginsAgainTwice(t *testing.T) {
 	if bad := b.differ(source, image.Raw, target, image.Raw); len(bad) > 0 {
 		t.Errorf("the images differ in %v", bad)
 	}
+}
+
+// mount makes a small tmpfs at dir, which only root can.
+func (b *bed) mount(dir, size string) {
+	b.Helper()
+	b.must(os.Mkdir(dir, 0o700))
+	if err := unix.Mount("none", dir, "tmpfs", 0, size); err != nil {
+		if os.Getenv("CI") != "" {
+			b.Fatalf("mount: %v", err)
+		}
+		b.Skipf("no file system can be mounted here: %v", err)
+	}
+	b.Cleanup(func() { b.must(unix.Unmount(dir, unix.MNT_DETACH)) })
 }

@@ -139,11 +139,7 @@ func TestCopyFullTarget(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			b := newBed(t)
 			dir := b.path("small")
-			b.must(os.Mkdir(dir, 0o700))
-			if err := unix.Mount("none", dir, "tmpfs", 0, c.size); err != nil {
-				t.Skipf("no file system can be mounted here: %v", err)
-			}
-			t.Cleanup(func() { b.must(unix.Unmount(dir, unix.MNT_DETACH)) })
+			b.mount(dir, c.size)
 			noise := make([]byte, diskSize/2)
 			for i := range noise {
 				noise[i] = byte(rand.Uint32())
