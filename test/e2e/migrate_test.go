@@ -25,8 +25,10 @@ func TestMigrateWhileReading(t *testing.T) {
 	must(t, from.StartWriter(0, load.Options{ReadPercent: 100, MaxBlocks: 16, Hold: 200}, filled))
 	for hop := range 3 {
 		progress(t, from, 0, 500)
-		to := boot(t, daemons[(hop+1)%2], guest.Options{Incoming: true}, disk)
+		to := boot(t, daemons[(hop+1)%2], guest.Options{Incoming: true, Paused: true}, disk)
 		must(t, from.Migrate(to))
+		must(t, from.CompareMemory(to)) // what the daemon wrote there, too
+		must(t, to.Resume())
 		from.Quit()
 		from = to
 	}
