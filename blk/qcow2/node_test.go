@@ -39,7 +39,7 @@ func qemu(t testing.TB, args ...string) string {
 }
 
 // tempDir is a directory whose name means nothing to QEMU.
-func tempDir(t *testing.T) string {
+func tempDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "blkstream-test-")
 	if err != nil {
@@ -50,14 +50,31 @@ func tempDir(t *testing.T) string {
 }
 
 // qemuImage makes an image of size bytes with qemu-img and options for -o, and returns its path.
-func qemuImage(t *testing.T, size int64, options string) string {
+func qemuImage(t testing.TB, size int64, options string) string {
 	t.Helper()
-	path := filepath.Join(tempDir(t), "image.qcow2")
-	args := []string{"qemu-img", "create", "-q", "-f", "qcow2"}
-	if options = strings.Trim(options, ","); options != "" {
-		args = append(args, "-o", options)
+	return qemuImageIn(t, tempDir(t), size, options)
+}
+
+// fresh has what qemu-img made, by its arguments: most tests want the same again.
+var fresh sync.Map
+
+func qemuImageIn(t testing.TB, dir string, size int64, options string) string {
+	t.Helper()
+	path := filepath.Join(dir, "image.qcow2")
+	args := []string{"qemu-img", "create", "-q", "-f", "qcow2", "-o", strings.Trim("size="+fmt.Sprint(size)+","+options, ",")}
+	key := strings.Join(args, " ")
+	made, ok := fresh.Load(key)
+	if !ok {
+		qemu(t, append(args, path)...)
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		made, _ = fresh.LoadOrStore(key, b)
 	}
-	qemu(t, append(args, path, fmt.Sprint(size))...)
+	if err := os.WriteFile(path, made.([]byte), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	return path
 }
 
@@ -785,13 +802,14 @@ func faulty(t *testing.T, n *Node, f *flaky, index int, rng *rand.Rand, contents
 		} else if op == blk.OpFlush {
 			r.Flags = 0
 		}
-		failed := f.failed
 		err := blk.Do(blk.NewTask(), n, r)
 		if err != nil && !errors.Is(err, syscall.EIO) && !blk.IsNoSpace(err) {
 			t.Fatalf("fault %d: %v", index, err)
 		}
-		if f.failed != failed {
-			checkClean(t, f.Bytes(), true)
+		if f.failed > 0 { // thousands of times: qemu-img looks at the end only
+			if r, err := Check(blk.NewTask(), f.Memory, RepairNone); err != nil || r.Errors > 0 {
+				t.Fatalf("fault %d: %+v, %v", index, r, err)
+			}
 		}
 		for i := off; i < off+l; i++ {
 			unknown[i] = err != nil || op == blk.OpDiscard
@@ -805,9 +823,6 @@ func faulty(t *testing.T, n *Node, f *flaky, index int, rng *rand.Rand, contents
 	for range 25 {
 		off, l := rng.Int64N(1024)*512, 512+rng.Int64N(100)*512
 		try([]blk.Op{blk.OpWrite, blk.OpWrite, blk.OpWrite, blk.OpWriteZeroes, blk.OpDiscard}[rng.IntN(5)], off, l)
-		if f.failed > 0 {
-			checkClean(t, f.Bytes(), true)
-		}
 		if rng.IntN(4) == 0 {
 			try(blk.OpFlush, 0, 0)
 		}
