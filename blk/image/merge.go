@@ -5,7 +5,6 @@ package image
 import (
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 
 	"github.com/blkstream/blkstream/blk"
@@ -192,9 +191,9 @@ func (m *Merge) Drop(t *blk.Task) (_ *Image, err error) {
 	if err != nil {
 		return nil, err
 	}
-	name, err := filepath.Abs(m.reader.Path)
+	name, err := absolute(m.reader.Path)
 	if err != nil {
-		return nil, fmt.Errorf("image %q: %w", m.reader.Path, err)
+		return nil, err
 	}
 	// The one point at which the chain changes for whoever opens it next.
 	if m.over == nil {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"testing"
 
@@ -342,4 +343,54 @@ func TestMergeFlushes(t *testing.T) {
 		t.Error("dropped without a flush")
 	}
 	b.done(0, 1, 3)
+}
+
+// A name that leads through a symbolic link and back up is the file that the kernel finds, not what is left when ".." is
+// taken out of it: another image may lie there.
+func TestMergeNames(t *testing.T) {
+	d, task := newDir(t), blk.NewTask()
+	for _, name := range []string{"there", "there/vm", "here"} {
+		if err := os.Mkdir(d.at(name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(d.at("there/vm"), d.at("here/vm")); err != nil {
+		t.Fatal(err)
+	}
+	d.make("there/base", CreateOptions{Format: Qcow2})
+	d.make("here/base", CreateOptions{Format: Qcow2}) // here/vm/../base is not this one
+	d.overlay("there/vm/2", "../base", Qcow2)
+	d.overlay("there/vm/1", "2", Qcow2)
+	g := d.open("here/vm/1", Qcow2, Options{})
+	if err := write(task, g.Root, bytes.Repeat([]byte{1}, 512), 0); err != nil {
+		t.Fatal(err)
+	}
+	m, err := OpenMerge(task, g, 1, 2, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []func() (*Image, error){m.Insert, func() (*Image, error) { return m.Drop(task) }} {
+		if g, err = step(); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Settle(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// An overlay names the image in the same way.
+	under := &Image{Chain: g.Chain[1:]}
+	name, err := under.BackingName()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Close(); err != nil {
+		t.Fatal(err)
+	}
+	g = d.open("there/vm/1", Qcow2, Options{ReadOnly: true})
+	defer g.Close()
+	for _, got := range []string{name, g.Chain[1].Path} {
+		if seen := (&identities{}); seen.add(d.at("there/base")) != nil || !errors.Is(seen.add(got), ErrLoop) {
+			t.Errorf("the image behind the disk is %s, want there/base", got)
+		}
+	}
 }

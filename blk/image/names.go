@@ -4,6 +4,7 @@ package image
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 )
@@ -24,4 +25,16 @@ func Resolve(image, name string) (string, error) {
 	}
 	// Not filepath.Join: "link/../name" is not "name" where link is a symbolic link.
 	return image[:strings.LastIndexByte(image, '/')+1] + name, nil
+}
+
+// absolute is a name of the file that is the same from everywhere. Unlike filepath.Abs it leaves ".." in, see Resolve.
+func absolute(path string) (string, error) {
+	if filepath.IsAbs(path) {
+		return path, nil
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", fmt.Errorf("image %q: %w", path, err)
+	}
+	return dir + "/" + path, nil
 }

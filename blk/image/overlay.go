@@ -5,7 +5,6 @@ package image
 import (
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 
 	"github.com/blkstream/blkstream/blk"
@@ -176,13 +175,7 @@ func (v *Overlay) Close() error {
 }
 
 // BackingName is how an overlay names the first image of g as its backing file, whatever folder it is in.
-func (g *Image) BackingName() (string, error) {
-	path, err := filepath.Abs(g.Chain[0].Path)
-	if err != nil {
-		return "", fmt.Errorf("image %q: %w", g.Chain[0].Path, err)
-	}
-	return path, nil
-}
+func (g *Image) BackingName() (string, error) { return absolute(g.Chain[0].Path) }
 
 // reopen opens one image of a chain alone, a second time. Its locks are taken and those of others not looked for: the
 // first opening has conflicting ones. between, if not nil, is called with the files open and nothing read yet.
