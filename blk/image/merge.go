@@ -53,8 +53,12 @@ func OpenMerge(t *blk.Task, g *Image, top, base int, o Options) (_ *Merge, err e
 		return nil, fmt.Errorf("images %d to %d of %d: %w", top, base, len(g.Chain), ErrMerge)
 	}
 	for _, i := range []int{0, max(top-1, 0), base} {
-		if m := g.Chain[i]; m.AddCow != nil {
+		switch m := g.Chain[i]; {
+		case m.AddCow != nil:
 			return nil, fmt.Errorf("%q is an add-cow image, which can neither be merged into nor be over what is merged: %w", m.Path, ErrMerge)
+		case m.layer != nil: // a second writer would not see the tables of the first, which writes them when it is closed
+			return nil, fmt.Errorf("%q is still open for writing, for a merge that could not be taken back: "+
+				"the disk must be closed first, as by a restart of the daemon: %w", m.Path, ErrMerge)
 		}
 	}
 	o.ReadOnly, o.Backing, o.Cache = false, nil, g.cache

@@ -394,3 +394,18 @@ func TestMergeNames(t *testing.T) {
 		}
 	}
 }
+
+// A merge could not be taken back, and the base stays open for writing in the chain. Nobody may open it for writing a
+// second time: the first one has tables of its own, and writes them when it is closed.
+func TestMergeOverMerge(t *testing.T) {
+	b := chainInUse(t, 6)
+	m := b.begin(2, 3)
+	// Into the same base, from the disk and from the middle, and into the one behind it, which the base would name.
+	for _, places := range [][2]int{{0, 3}, {1, 3}, {4, 5}} {
+		if _, err := OpenMerge(blk.NewTask(), b.g, places[0], places[1], b.o); !errors.Is(err, ErrMerge) {
+			t.Errorf("merge %v: %v", places, err)
+		}
+	}
+	b.step(m, func() (*Image, error) { return m.Remove(blk.NewTask()) })
+	b.done(0, 1, 2, 3, 4, 5)
+}
