@@ -221,7 +221,7 @@ func (w *merge) remove(ctx context.Context) error {
 func (w *merge) runActive(ctx context.Context, base int) error {
 	r := w.j.Record()
 	hint := w.k.commitHint(r)
-	err := blockcopy.Run(ctx, w.j, blockcopy.Setup{
+	s := blockcopy.Setup{
 		Graph: w.k.graph, Target: w.m.Base(), Blank: true, Base: uint16(base), Hint: committed(w.merged, r.Target, hint),
 		Commit: func() error { return w.k.moveTo(r.Target, r.Format) },
 		Release: func(n blk.Node) error {
@@ -232,8 +232,8 @@ func (w *merge) runActive(ctx context.Context, base int) error {
 			w.settle()
 			return nil
 		},
-	})
-	return err
+	}
+	return w.k.pauseCopyOnRead(ctx, func() error { return blockcopy.Run(ctx, w.j, s) })
 }
 
 // commitHint says what to change in the configuration, which may name the base still.

@@ -306,3 +306,24 @@ func TestCommitFoundComplete(t *testing.T) {
 	b.shows("disk0", 4, 1, 2, 3, 4)
 	b.stop(d)
 }
+
+// Copy on read rests while the disk is merged into another image, and is over that one then.
+func TestCommitOfCopyOnRead(t *testing.T) {
+	b := newBed(t)
+	b.layered(7)
+	d, c := b.start(b.load("", b.layeredDisk("a", "top.qcow2", "copy_on_read = true")))
+	b.write("a", 1)
+	j, err := c.Commit(t.Context(), &control.CommitRequest{Disk: "a"})
+	b.must(err)
+	b.wait(c, j.Id, job.StateCompleted)
+	if g := b.graph(c); !strings.HasPrefix(g, "copy-on-read") || !strings.Contains(g, "middle.qcow2") {
+		t.Errorf("after the commit the graph is\n%s", g)
+	}
+	b.holds("a", 1)
+	b.stop(d)
+	for _, name := range []string{"top.qcow2", "middle.qcow2"} {
+		if n := b.held(name); n != 64<<10 {
+			t.Errorf("%s holds %d bytes, want what the guest wrote", name, n)
+		}
+	}
+}
