@@ -109,7 +109,7 @@ func OpenMerge(t *blk.Task, g *Image, top, base int, o Options) (_ *Merge, err e
 
 // upgrade opens a member for writing that is open for reading. The image is locked all the time.
 func upgrade(t *blk.Task, m *Member, o Options, backing blk.Node) (*Member, error) {
-	return reopen(t, m.Layer, o, backing, func(w *Member) error {
+	return reopen(t, m, o, backing, func(w *Member) error {
 		err := m.unlock() // its locks forbid ours
 		if err == nil {
 			err = w.lock()
@@ -172,7 +172,7 @@ func (m *Merge) reread(t *blk.Task) error {
 	o := m.o
 	o.ReadOnly = true
 	var err error
-	if m.reader, err = reopen(t, m.writer.Layer, o, nil, nil); err != nil {
+	if m.reader, err = reopen(t, m.writer, o, nil, nil); err != nil {
 		return err
 	}
 	m.reader.Backing = m.writer.Backing
