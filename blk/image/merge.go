@@ -61,6 +61,12 @@ func OpenMerge(t *blk.Task, g *Image, top, base int, o Options) (_ *Merge, err e
 				"the disk must be closed first, as by a restart of the daemon: %w", m.Path, ErrMerge)
 		}
 	}
+	for _, m := range g.Chain[top:base] {
+		// They show the base where the image held nothing then and does now, so where the base is written.
+		if m.Header != nil && m.Header.SnapshotCount > 0 {
+			return nil, fmt.Errorf("%q has internal snapshots, which need the images behind it as they are: %w", m.Path, ErrMerge)
+		}
+	}
 	o.ReadOnly, o.Backing, o.Cache = false, nil, g.cache
 	o.Align = blk.SectorSize // images are copied as they are, whatever the guest's blocks are
 	m := &Merge{image: g, top: top, base: base, reader: g.Chain[base], o: o}

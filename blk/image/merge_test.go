@@ -409,3 +409,57 @@ func TestMergeOverMerge(t *testing.T) {
 	b.step(m, func() (*Image, error) { return m.Remove(blk.NewTask()) })
 	b.done(0, 1, 2, 3, 4, 5)
 }
+
+// Internal snapshots show what was behind their image when they were taken, where it held nothing then. So that must not
+// change: not by a merge, even one that is taken back, nor by a rebase.
+func TestInternalSnapshots(t *testing.T) {
+	need(t, "qemu-img", "qemu-io")
+	d, task := newDir(t), blk.NewTask()
+	d.make("2", CreateOptions{Format: Qcow2})
+	d.tool("qemu-io", "-f", Qcow2, "-c", "write -P 1 0 64k", d.at("2"))
+	d.overlay("1", "2", Qcow2)
+	d.tool("qemu-img", "snapshot", "-c", "one", d.at("1"))
+	d.tool("qemu-io", "-f", Qcow2, "-c", "write -P 2 0 64k", d.at("1"))
+	d.overlay("0", "1", Qcow2)
+	// The snapshot becomes the disk, in a copy of the image.
+	snapshot := func() {
+		t.Helper()
+		d.tool("cp", d.at("1"), d.at("then"))
+		d.tool("qemu-img", "snapshot", "-a", "one", d.at("then"))
+		if out := d.tool("qemu-io", "-f", Qcow2, "-c", "read -P 1 0 64k", d.at("then")); strings.Contains(out, "failed") {
+			t.Errorf("the snapshot has changed: %s", out)
+		}
+	}
+	snapshot()
+	for name, top := range map[string]int{"0": 1, "1": 0} {
+		g := d.open(name, Qcow2, Options{})
+		m, err := OpenMerge(task, g, top, top+1, Options{})
+		if err == nil {
+			if g, err = m.Insert(); err == nil {
+				err = errors.Join(m.Settle(), write(task, m.Base(), bytes.Repeat([]byte{2}, 64<<10), 0))
+			}
+			if err == nil {
+				if g, err = m.Remove(task); err == nil {
+					err = m.Settle()
+				}
+			}
+		}
+		if !errors.Is(err, ErrMerge) || !strings.Contains(err.Error(), "snapshots") {
+			t.Errorf("merge of an image with internal snapshots: %v", err)
+		}
+		if err := g.Close(); err != nil {
+			t.Fatal(err)
+		}
+		snapshot()
+	}
+	err := Rebase(t.Context(), d.at("1"), RebaseOptions{})
+	if !errors.Is(err, blk.ErrNotSupported) || !strings.Contains(err.Error(), "snapshots") {
+		t.Errorf("rebase of an image with internal snapshots: %v", err)
+	}
+	snapshot()
+	// It may be right that only the name changes.
+	if err := Rebase(t.Context(), d.at("1"), RebaseOptions{Layer: Layer{d.at("2"), Qcow2}, Unsafe: true}); err != nil {
+		t.Error(err)
+	}
+	snapshot()
+}
