@@ -24,8 +24,11 @@ func Resolve(image, name string) (string, error) {
 		return name, nil
 	}
 	// Not filepath.Join: "link/../name" is not "name" where link is a symbolic link.
-	return image[:strings.LastIndexByte(image, '/')+1] + name, nil
+	return folder(image) + name, nil
 }
+
+// folder is a path up to the last "/", and that.
+func folder(path string) string { return path[:strings.LastIndexByte(path, '/')+1] }
 
 // absolute is a name of the file that is the same from everywhere. Unlike filepath.Abs it leaves ".." in, see Resolve.
 func absolute(path string) (string, error) {
