@@ -16,8 +16,9 @@ import (
 // with nothing in flight, and give an image that takes the place of the one before; whoever did them calls Settle when
 // the guest goes on.
 //
-//	OpenMerge   the base is opened for writing, with the locks of a writer, and made as large as the images need it
+//	OpenMerge   the base is opened for writing, with the locks of a writer
 //	Insert *    the base that is open for writing takes the place of the one that is open for reading
+//	Grow *      the base is made as large as the images need it
 //	            (the caller copies into Base what the merged images hold)
 //	Drop *      the merged images go: the one before them names the base as its backing image, durably
 //	Turn        or, if the guest was on the first of them: it is on the base now
@@ -42,6 +43,7 @@ type Merge struct {
 	reader    *Member
 	writer    *Member
 	below     *chain.Node // what is behind the base; nil: nothing
+	size      int64       // of what the images show, in bytes
 	over      *Member     // the image before top, open for writing; nil if top is the first, or the second
 	o         Options
 	settle    func() error
@@ -69,15 +71,14 @@ func OpenMerge(t *blk.Task, g *Image, top, base int, o Options) (_ *Merge, err e
 	}
 	o.ReadOnly, o.Backing, o.Cache = false, nil, g.cache
 	o.Align = blk.SectorSize // images are copied as they are, whatever the guest's blocks are
-	m := &Merge{image: g, top: top, base: base, reader: g.Chain[base], o: o}
+	m := &Merge{image: g, top: top, base: base, size: g.Chain[top].Node.Info().Size, reader: g.Chain[base], o: o}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
 		}
 	}()
-	size := g.Chain[top].Node.Info().Size
-	if have := m.reader.Size; top == 0 && have > size {
-		return nil, fmt.Errorf("%q has %d bytes, the disk has %d: make the disk as large first: %w", m.reader.Path, have, size, ErrMerge)
+	if have := m.reader.Size; top == 0 && have > m.size {
+		return nil, fmt.Errorf("%q has %d bytes, the disk has %d: make the disk as large first: %w", m.reader.Path, have, m.size, ErrMerge)
 	}
 	var behind blk.Node
 	if base+1 < len(g.Chain) {
@@ -96,21 +97,7 @@ func OpenMerge(t *blk.Task, g *Image, top, base int, o Options) (_ *Merge, err e
 			return nil, err
 		}
 	}
-	if m.writer.Size >= size {
-		return m, nil
-	}
-	// The new part shows zeros, whatever is behind the base.
-	r, ok := m.writer.Node.(interface {
-		Resize(t *blk.Task, size int64, shrink bool) error
-	})
-	if !ok {
-		return nil, fmt.Errorf("image %q: %w", m.writer.Path, blk.ErrNotSupported) // not reachable
-	}
-	if err := r.Resize(t, size, false); err != nil {
-		return nil, err
-	}
-	m.writer.Size = size
-	return m, flush(t, m.writer.Node)
+	return m, nil
 }
 
 // upgrade opens a member for writing that is open for reading. The image is locked all the time.
@@ -168,6 +155,26 @@ func (m *Merge) Insert() (*Image, error) {
 	m.image, m.settle = g, m.reader.Node.Close
 	m.reader = nil
 	return g, nil
+}
+
+// Grow makes the base as large as what the images show. It comes after Insert, since it changes the tables that the chain
+// reads the base with. After an error the base is to be removed.
+func (m *Merge) Grow(t *blk.Task) error {
+	if m.writer.Size >= m.size {
+		return nil
+	}
+	// The new part shows zeros, whatever is behind the base.
+	r, ok := m.writer.Node.(interface {
+		Resize(t *blk.Task, size int64, shrink bool) error
+	})
+	if !ok {
+		return fmt.Errorf("image %q: %w", m.writer.Path, blk.ErrNotSupported) // not reachable
+	}
+	if err := r.Resize(t, m.size, false); err != nil {
+		return err
+	}
+	m.writer.Size = m.size
+	return flush(t, m.writer.Node)
 }
 
 // reread opens the base for reading again, when all that was written there is durable.

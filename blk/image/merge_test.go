@@ -169,6 +169,10 @@ func (b *mergeBed) begin(top, base int) *Merge {
 	b.locked(b.g.Chain[base].Path)
 	b.step(m, m.Insert)
 	b.locked(b.g.Chain[base].Path)
+	if err := m.Grow(blk.NewTask()); err != nil {
+		b.Fatal(err)
+	}
+	b.checkContents(b.g, b.model)
 	return m
 }
 
@@ -316,13 +320,9 @@ func TestMergeLocks(t *testing.T) {
 func TestMergeFlushes(t *testing.T) {
 	need(t, "qemu-img")
 	b := chainInUse(t, 4)
-	m, err := OpenMerge(blk.NewTask(), b.g, 2, 3, b.o)
-	if err != nil {
-		t.Fatal(err)
-	}
+	m := b.begin(2, 3)
 	fault := blktest.NewFault(m.writer.Node)
 	m.writer.Node = fault
-	b.step(m, m.Insert)
 	view, err := m.View()
 	if err != nil {
 		t.Fatal(err)
@@ -462,4 +462,62 @@ func TestInternalSnapshots(t *testing.T) {
 		t.Error(err)
 	}
 	snapshot()
+}
+
+// A base that is made longer moves what its last cluster holds. The chain in use reads that all the time, also if nothing is
+// merged then.
+func TestMergeIntoShort(t *testing.T) {
+	for _, inserted := range []bool{false, true} {
+		d, task := newDir(t), blk.NewTask()
+		const size = 128<<10 + 512
+		d.make("1", CreateOptions{Format: Qcow2, CreateOptions: qcow2.CreateOptions{Size: size}})
+		model := make([]byte, overlaySize)
+		last := model[128<<10 : size] // alone in a host cluster
+		copy(last, bytes.Repeat([]byte("0123456789abcdef"), len(last)/16))
+		g := d.open("1", Qcow2, Options{})
+		packed, ok := g.Root.(*qcow2.Node)
+		if !ok {
+			t.Fatal("no qcow2 image")
+		}
+		if err := packed.WriteCompressed(task, 128<<10, last); err != nil {
+			t.Fatal(err)
+		}
+		if err := g.Close(); err != nil {
+			t.Fatal(err)
+		}
+		d.overlay("0", "1", Qcow2)
+		g = d.open("0", Qcow2, Options{})
+		if err := read(task, g.Root, make([]byte, 512), 0); err != nil { // the tables are in memory
+			t.Fatal(err)
+		}
+		m, err := OpenMerge(task, g, 0, 1, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.checkContents(g, model)
+		if inserted {
+			if g, err = m.Insert(); err == nil {
+				err = errors.Join(m.Settle(), m.Grow(task))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if m.Base().Info().Size != overlaySize {
+				t.Errorf("the base has %d bytes", m.Base().Info().Size)
+			}
+			d.checkContents(g, model)
+			if g, err = m.Remove(task); err == nil {
+				err = m.Settle()
+			}
+		} else {
+			err = m.Close()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.checkContents(g, model)
+		if err := g.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
 }

@@ -144,6 +144,9 @@ func (w *merge) run(ctx context.Context, active bool, base int) error {
 	if err := w.step(ctx, w.m.Insert); err != nil {
 		return errors.Join(err, w.m.Close())
 	}
+	if err := w.grow(ctx); err != nil {
+		return errors.Join(err, w.remove(ctx))
+	}
 	if active {
 		return w.runActive(ctx, base)
 	}
@@ -176,6 +179,13 @@ func (w *merge) step(ctx context.Context, change func() (*image.Image, error)) e
 	}
 	w.settle()
 	return nil
+}
+
+// grow makes the base as large as need be, with nothing in flight to it.
+func (w *merge) grow(ctx context.Context) error {
+	wait, cancel := context.WithTimeout(ctx, changeWait)
+	defer cancel()
+	return w.k.graph.Change(wait, func(*blk.Tx) error { return w.m.Grow(blk.NewTask()) })
 }
 
 func (w *merge) use(img *image.Image) {
