@@ -179,6 +179,9 @@ func (n *Node) Claim() error { return claimImage(n.host.Fd, n.host.Path, !n.Info
 // Unlock lets others open the image for writing. Nobody may write through the node until Lock.
 func (n *Node) Unlock() error { return unlockImage(n.host.Fd, n.host.Path) }
 
+// Same reports whether both are open on one file or device, whatever their paths lead to now.
+func (n *Node) Same(o *Node) (bool, error) { return sameHost(n.host.Fd, o.host.Fd) }
+
 // Warnings says what the user should know about the image that is not an error.
 func (n *Node) Warnings() []string { return n.warnings }
 

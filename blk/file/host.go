@@ -68,6 +68,18 @@ func setFlag(fd, flag int, on bool) error {
 	return err
 }
 
+// sameHost reports whether two descriptors are of one file or block device.
+func sameHost(a, b int) (bool, error) {
+	var sa, sb unix.Stat_t
+	if err := errors.Join(unix.Fstat(a, &sa), unix.Fstat(b, &sb)); err != nil {
+		return false, err
+	}
+	if sa.Mode&unix.S_IFMT == unix.S_IFBLK && sb.Mode&unix.S_IFMT == unix.S_IFBLK {
+		return sa.Rdev == sb.Rdev, nil // by whatever names
+	}
+	return sa.Dev == sb.Dev && sa.Ino == sb.Ino, nil
+}
+
 // hostSize is the size in bytes, and for a block device that of its sectors (0 for a regular file).
 func hostSize(fd int) (size, sector int64, err error) {
 	var st unix.Stat_t

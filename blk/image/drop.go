@@ -5,7 +5,6 @@ package image
 import (
 	"errors"
 	"fmt"
-	"path/filepath"
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/addcow"
@@ -82,7 +81,7 @@ func (g *Image) finish(t *blk.Task, base int) (*Image, []*Member, error) {
 // directory, so that a chain with relative names can still be moved; else the path.
 func (g *Image) nameOf(i int) string {
 	by, path := g.Chain[i-1], g.Chain[i].Path
-	if says := by.backing(); says.Path != "" && filepath.Dir(by.Path) == filepath.Dir(g.Chain[0].Path) {
+	if says := by.backing(); says.Path != "" && folder(by.Path) == folder(g.Chain[0].Path) {
 		if p, err := Resolve(by.Path, says.Path); err == nil && p == path {
 			return says.Path
 		}

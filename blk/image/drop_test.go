@@ -127,6 +127,31 @@ func TestDropNames(t *testing.T) {
 	if err := errors.Join(CloseMembers(dropped), next.Close()); err != nil {
 		t.Error(err)
 	}
+	// Another one is in what looks like the same directory, but for a symbolic link.
+	for _, err := range []error{
+		os.MkdirAll(d.at("there/vm"), 0o700),
+		os.Symlink(d.at("there/vm"), d.at("vm")),
+		Create(t.Context(), d.at("base"), o("", "")),
+		Create(t.Context(), d.at("there/base"), o("", "")),
+		Create(t.Context(), d.at("there/middle"), o("base", Qcow2)),
+		Create(t.Context(), d.at("linked"), o("vm/../middle", Qcow2)),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	g = d.open("linked", Qcow2, Options{})
+	if next, dropped, err = g.Drop(blk.NewTask(), 2); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(CloseMembers(dropped), next.Close()); err != nil {
+		t.Error(err)
+	}
+	g = d.open("linked", Qcow2, Options{ReadOnly: true})
+	defer g.Close()
+	if !g.Uses(d.at("there/base")) {
+		t.Errorf("behind the image is %s", g.Chain[1].Path)
+	}
 }
 
 // What lies behind the end of an image that is left reads as zeros, though the base that stays is longer.

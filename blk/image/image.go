@@ -37,6 +37,7 @@ var (
 	ErrName     = errors.New("not the name of a file on this host")
 	ErrLoop     = errors.New("the chain of images leads back into itself")
 	ErrDepth    = errors.New("the chain of images is too deep")
+	ErrReplaced = errors.New("another file has taken the place of the one in use")
 	ErrInUse    = file.ErrInUse
 )
 

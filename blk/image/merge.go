@@ -5,7 +5,6 @@ package image
 import (
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 
 	"github.com/blkstream/blkstream/blk"
@@ -17,8 +16,9 @@ import (
 // with nothing in flight, and give an image that takes the place of the one before; whoever did them calls Settle when
 // the guest goes on.
 //
-//	OpenMerge   the base is opened for writing, with the locks of a writer, and made as large as the images need it
+//	OpenMerge   the base is opened for writing, with the locks of a writer
 //	Insert *    the base that is open for writing takes the place of the one that is open for reading
+//	Grow *      the base is made as large as the images need it
 //	            (the caller copies into Base what the merged images hold)
 //	Drop *      the merged images go: the one before them names the base as its backing image, durably
 //	Turn        or, if the guest was on the first of them: it is on the base now
@@ -43,6 +43,7 @@ type Merge struct {
 	reader    *Member
 	writer    *Member
 	below     *chain.Node // what is behind the base; nil: nothing
+	size      int64       // of what the images show, in bytes
 	over      *Member     // the image before top, open for writing; nil if top is the first, or the second
 	o         Options
 	settle    func() error
@@ -54,21 +55,30 @@ func OpenMerge(t *blk.Task, g *Image, top, base int, o Options) (_ *Merge, err e
 		return nil, fmt.Errorf("images %d to %d of %d: %w", top, base, len(g.Chain), ErrMerge)
 	}
 	for _, i := range []int{0, max(top-1, 0), base} {
-		if m := g.Chain[i]; m.AddCow != nil {
+		switch m := g.Chain[i]; {
+		case m.AddCow != nil:
 			return nil, fmt.Errorf("%q is an add-cow image, which can neither be merged into nor be over what is merged: %w", m.Path, ErrMerge)
+		case m.layer != nil: // a second writer would not see the tables of the first, which writes them when it is closed
+			return nil, fmt.Errorf("%q is still open for writing, for a merge that could not be taken back: "+
+				"the disk must be closed first, as by a restart of the daemon: %w", m.Path, ErrMerge)
+		}
+	}
+	for _, m := range g.Chain[top:base] {
+		// They show the base where the image held nothing then and does now, so where the base is written.
+		if m.Header != nil && m.Header.SnapshotCount > 0 {
+			return nil, fmt.Errorf("%q has internal snapshots, which need the images behind it as they are: %w", m.Path, ErrMerge)
 		}
 	}
 	o.ReadOnly, o.Backing, o.Cache = false, nil, g.cache
 	o.Align = blk.SectorSize // images are copied as they are, whatever the guest's blocks are
-	m := &Merge{image: g, top: top, base: base, reader: g.Chain[base], o: o}
+	m := &Merge{image: g, top: top, base: base, size: g.Chain[top].Node.Info().Size, reader: g.Chain[base], o: o}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
 		}
 	}()
-	size := g.Chain[top].Node.Info().Size
-	if have := m.reader.Size; top == 0 && have > size {
-		return nil, fmt.Errorf("%q has %d bytes, the disk has %d: make the disk as large first: %w", m.reader.Path, have, size, ErrMerge)
+	if have := m.reader.Size; top == 0 && have > m.size {
+		return nil, fmt.Errorf("%q has %d bytes, the disk has %d: make the disk as large first: %w", m.reader.Path, have, m.size, ErrMerge)
 	}
 	var behind blk.Node
 	if base+1 < len(g.Chain) {
@@ -87,26 +97,12 @@ func OpenMerge(t *blk.Task, g *Image, top, base int, o Options) (_ *Merge, err e
 			return nil, err
 		}
 	}
-	if m.writer.Size >= size {
-		return m, nil
-	}
-	// The new part shows zeros, whatever is behind the base.
-	r, ok := m.writer.Node.(interface {
-		Resize(t *blk.Task, size int64, shrink bool) error
-	})
-	if !ok {
-		return nil, fmt.Errorf("image %q: %w", m.writer.Path, blk.ErrNotSupported) // not reachable
-	}
-	if err := r.Resize(t, size, false); err != nil {
-		return nil, err
-	}
-	m.writer.Size = size
-	return m, flush(t, m.writer.Node)
+	return m, nil
 }
 
 // upgrade opens a member for writing that is open for reading. The image is locked all the time.
 func upgrade(t *blk.Task, m *Member, o Options, backing blk.Node) (*Member, error) {
-	return reopen(t, m.Layer, o, backing, func(w *Member) error {
+	return reopen(t, m, o, backing, func(w *Member) error {
 		err := m.unlock() // its locks forbid ours
 		if err == nil {
 			err = w.lock()
@@ -161,6 +157,26 @@ func (m *Merge) Insert() (*Image, error) {
 	return g, nil
 }
 
+// Grow makes the base as large as what the images show. It comes after Insert, since it changes the tables that the chain
+// reads the base with. After an error the base is to be removed.
+func (m *Merge) Grow(t *blk.Task) error {
+	if m.writer.Size >= m.size {
+		return nil
+	}
+	// The new part shows zeros, whatever is behind the base.
+	r, ok := m.writer.Node.(interface {
+		Resize(t *blk.Task, size int64, shrink bool) error
+	})
+	if !ok {
+		return fmt.Errorf("image %q: %w", m.writer.Path, blk.ErrNotSupported) // not reachable
+	}
+	if err := r.Resize(t, m.size, false); err != nil {
+		return err
+	}
+	m.writer.Size = m.size
+	return flush(t, m.writer.Node)
+}
+
 // reread opens the base for reading again, when all that was written there is durable.
 func (m *Merge) reread(t *blk.Task) error {
 	if err := flush(t, m.writer.Node); err != nil {
@@ -169,7 +185,7 @@ func (m *Merge) reread(t *blk.Task) error {
 	o := m.o
 	o.ReadOnly = true
 	var err error
-	if m.reader, err = reopen(t, m.writer.Layer, o, nil, nil); err != nil {
+	if m.reader, err = reopen(t, m.writer, o, nil, nil); err != nil {
 		return err
 	}
 	m.reader.Backing = m.writer.Backing
@@ -192,9 +208,9 @@ func (m *Merge) Drop(t *blk.Task) (_ *Image, err error) {
 	if err != nil {
 		return nil, err
 	}
-	name, err := filepath.Abs(m.reader.Path)
+	name, err := absolute(m.reader.Path)
 	if err != nil {
-		return nil, fmt.Errorf("image %q: %w", m.reader.Path, err)
+		return nil, err
 	}
 	// The one point at which the chain changes for whoever opens it next.
 	if m.over == nil {

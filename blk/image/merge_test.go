@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"testing"
 
@@ -168,6 +169,10 @@ func (b *mergeBed) begin(top, base int) *Merge {
 	b.locked(b.g.Chain[base].Path)
 	b.step(m, m.Insert)
 	b.locked(b.g.Chain[base].Path)
+	if err := m.Grow(blk.NewTask()); err != nil {
+		b.Fatal(err)
+	}
+	b.checkContents(b.g, b.model)
 	return m
 }
 
@@ -315,13 +320,9 @@ func TestMergeLocks(t *testing.T) {
 func TestMergeFlushes(t *testing.T) {
 	need(t, "qemu-img")
 	b := chainInUse(t, 4)
-	m, err := OpenMerge(blk.NewTask(), b.g, 2, 3, b.o)
-	if err != nil {
-		t.Fatal(err)
-	}
+	m := b.begin(2, 3)
 	fault := blktest.NewFault(m.writer.Node)
 	m.writer.Node = fault
-	b.step(m, m.Insert)
 	view, err := m.View()
 	if err != nil {
 		t.Fatal(err)
@@ -342,4 +343,181 @@ func TestMergeFlushes(t *testing.T) {
 		t.Error("dropped without a flush")
 	}
 	b.done(0, 1, 3)
+}
+
+// A name that leads through a symbolic link and back up is the file that the kernel finds, not what is left when ".." is
+// taken out of it: another image may lie there.
+func TestMergeNames(t *testing.T) {
+	d, task := newDir(t), blk.NewTask()
+	for _, name := range []string{"there", "there/vm", "here"} {
+		if err := os.Mkdir(d.at(name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(d.at("there/vm"), d.at("here/vm")); err != nil {
+		t.Fatal(err)
+	}
+	d.make("there/base", CreateOptions{Format: Qcow2})
+	d.make("here/base", CreateOptions{Format: Qcow2}) // here/vm/../base is not this one
+	d.overlay("there/vm/2", "../base", Qcow2)
+	d.overlay("there/vm/1", "2", Qcow2)
+	g := d.open("here/vm/1", Qcow2, Options{})
+	if err := write(task, g.Root, bytes.Repeat([]byte{1}, 512), 0); err != nil {
+		t.Fatal(err)
+	}
+	m, err := OpenMerge(task, g, 1, 2, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []func() (*Image, error){m.Insert, func() (*Image, error) { return m.Drop(task) }} {
+		if g, err = step(); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Settle(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// An overlay names the image in the same way.
+	under := &Image{Chain: g.Chain[1:]}
+	name, err := under.BackingName()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Close(); err != nil {
+		t.Fatal(err)
+	}
+	g = d.open("there/vm/1", Qcow2, Options{ReadOnly: true})
+	defer g.Close()
+	for _, got := range []string{name, g.Chain[1].Path} {
+		if seen := (&identities{}); seen.add(d.at("there/base")) != nil || !errors.Is(seen.add(got), ErrLoop) {
+			t.Errorf("the image behind the disk is %s, want there/base", got)
+		}
+	}
+}
+
+// A merge could not be taken back, and the base stays open for writing in the chain. Nobody may open it for writing a
+// second time: the first one has tables of its own, and writes them when it is closed.
+func TestMergeOverMerge(t *testing.T) {
+	b := chainInUse(t, 6)
+	m := b.begin(2, 3)
+	// Into the same base, from the disk and from the middle, and into the one behind it, which the base would name.
+	for _, places := range [][2]int{{0, 3}, {1, 3}, {4, 5}} {
+		if _, err := OpenMerge(blk.NewTask(), b.g, places[0], places[1], b.o); !errors.Is(err, ErrMerge) {
+			t.Errorf("merge %v: %v", places, err)
+		}
+	}
+	b.step(m, func() (*Image, error) { return m.Remove(blk.NewTask()) })
+	b.done(0, 1, 2, 3, 4, 5)
+}
+
+// Internal snapshots show what was behind their image when they were taken, where it held nothing then. So that must not
+// change: not by a merge, even one that is taken back, nor by a rebase.
+func TestInternalSnapshots(t *testing.T) {
+	need(t, "qemu-img", "qemu-io")
+	d, task := newDir(t), blk.NewTask()
+	d.make("2", CreateOptions{Format: Qcow2})
+	d.tool("qemu-io", "-f", Qcow2, "-c", "write -P 1 0 64k", d.at("2"))
+	d.overlay("1", "2", Qcow2)
+	d.tool("qemu-img", "snapshot", "-c", "one", d.at("1"))
+	d.tool("qemu-io", "-f", Qcow2, "-c", "write -P 2 0 64k", d.at("1"))
+	d.overlay("0", "1", Qcow2)
+	// The snapshot becomes the disk, in a copy of the image.
+	snapshot := func() {
+		t.Helper()
+		d.tool("cp", d.at("1"), d.at("then"))
+		d.tool("qemu-img", "snapshot", "-a", "one", d.at("then"))
+		if out := d.tool("qemu-io", "-f", Qcow2, "-c", "read -P 1 0 64k", d.at("then")); strings.Contains(out, "failed") {
+			t.Errorf("the snapshot has changed: %s", out)
+		}
+	}
+	snapshot()
+	for name, top := range map[string]int{"0": 1, "1": 0} {
+		g := d.open(name, Qcow2, Options{})
+		m, err := OpenMerge(task, g, top, top+1, Options{})
+		if err == nil {
+			if g, err = m.Insert(); err == nil {
+				err = errors.Join(m.Settle(), write(task, m.Base(), bytes.Repeat([]byte{2}, 64<<10), 0))
+			}
+			if err == nil {
+				if g, err = m.Remove(task); err == nil {
+					err = m.Settle()
+				}
+			}
+		}
+		if !errors.Is(err, ErrMerge) || !strings.Contains(err.Error(), "snapshots") {
+			t.Errorf("merge of an image with internal snapshots: %v", err)
+		}
+		if err := g.Close(); err != nil {
+			t.Fatal(err)
+		}
+		snapshot()
+	}
+	err := Rebase(t.Context(), d.at("1"), RebaseOptions{})
+	if !errors.Is(err, blk.ErrNotSupported) || !strings.Contains(err.Error(), "snapshots") {
+		t.Errorf("rebase of an image with internal snapshots: %v", err)
+	}
+	snapshot()
+	// It may be right that only the name changes.
+	if err := Rebase(t.Context(), d.at("1"), RebaseOptions{Layer: Layer{d.at("2"), Qcow2}, Unsafe: true}); err != nil {
+		t.Error(err)
+	}
+	snapshot()
+}
+
+// A base that is made longer moves what its last cluster holds. The chain in use reads that all the time, also if nothing is
+// merged then.
+func TestMergeIntoShort(t *testing.T) {
+	for _, inserted := range []bool{false, true} {
+		d, task := newDir(t), blk.NewTask()
+		const size = 128<<10 + 512
+		d.make("1", CreateOptions{Format: Qcow2, CreateOptions: qcow2.CreateOptions{Size: size}})
+		model := make([]byte, overlaySize)
+		last := model[128<<10 : size] // alone in a host cluster
+		copy(last, bytes.Repeat([]byte("0123456789abcdef"), len(last)/16))
+		g := d.open("1", Qcow2, Options{})
+		packed, ok := g.Root.(*qcow2.Node)
+		if !ok {
+			t.Fatal("no qcow2 image")
+		}
+		if err := packed.WriteCompressed(task, 128<<10, last); err != nil {
+			t.Fatal(err)
+		}
+		if err := g.Close(); err != nil {
+			t.Fatal(err)
+		}
+		d.overlay("0", "1", Qcow2)
+		g = d.open("0", Qcow2, Options{})
+		if err := read(task, g.Root, make([]byte, 512), 0); err != nil { // the tables are in memory
+			t.Fatal(err)
+		}
+		m, err := OpenMerge(task, g, 0, 1, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.checkContents(g, model)
+		if inserted {
+			if g, err = m.Insert(); err == nil {
+				err = errors.Join(m.Settle(), m.Grow(task))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if m.Base().Info().Size != overlaySize {
+				t.Errorf("the base has %d bytes", m.Base().Info().Size)
+			}
+			d.checkContents(g, model)
+			if g, err = m.Remove(task); err == nil {
+				err = m.Settle()
+			}
+		} else {
+			err = m.Close()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.checkContents(g, model)
+		if err := g.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
 }

@@ -4,6 +4,7 @@ package image
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 )
@@ -23,5 +24,20 @@ func Resolve(image, name string) (string, error) {
 		return name, nil
 	}
 	// Not filepath.Join: "link/../name" is not "name" where link is a symbolic link.
-	return image[:strings.LastIndexByte(image, '/')+1] + name, nil
+	return folder(image) + name, nil
+}
+
+// folder is a path up to the last "/", and that.
+func folder(path string) string { return path[:strings.LastIndexByte(path, '/')+1] }
+
+// absolute is a name of the file that is the same from everywhere. Unlike filepath.Abs it leaves ".." in, see Resolve.
+func absolute(path string) (string, error) {
+	if filepath.IsAbs(path) {
+		return path, nil
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", fmt.Errorf("image %q: %w", path, err)
+	}
+	return dir + "/" + path, nil
 }

@@ -5,7 +5,6 @@ package image
 import (
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 
 	"github.com/blkstream/blkstream/blk"
@@ -105,7 +104,7 @@ func (v *Overlay) Join(t *blk.Task) (*Image, error) {
 	o := v.o
 	o.ReadOnly = true
 	first := v.old.Chain[0]
-	base, err := reopen(t, first.Layer, o, nil, nil)
+	base, err := reopen(t, first, o, nil, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -176,17 +175,11 @@ func (v *Overlay) Close() error {
 }
 
 // BackingName is how an overlay names the first image of g as its backing file, whatever folder it is in.
-func (g *Image) BackingName() (string, error) {
-	path, err := filepath.Abs(g.Chain[0].Path)
-	if err != nil {
-		return "", fmt.Errorf("image %q: %w", g.Chain[0].Path, err)
-	}
-	return path, nil
-}
+func (g *Image) BackingName() (string, error) { return absolute(g.Chain[0].Path) }
 
 // reopen opens one image of a chain alone, a second time. Its locks are taken and those of others not looked for: the
 // first opening has conflicting ones. between, if not nil, is called with the files open and nothing read yet.
-func reopen(t *blk.Task, l Layer, o Options, backing blk.Node, between func(*Member) error) (_ *Member, err error) {
+func reopen(t *blk.Task, m *Member, o Options, backing blk.Node, between func(*Member) error) (_ *Member, err error) {
 	o.claim = true
 	g := &Image{cache: o.Cache}
 	defer func() {
@@ -194,18 +187,37 @@ func reopen(t *blk.Task, l Layer, o Options, backing blk.Node, between func(*Mem
 			err = errors.Join(err, g.Close())
 		}
 	}()
-	if err := g.openFiles(t, l, o, false); err != nil {
+	if err := g.openFiles(t, m.Layer, o, false); err != nil {
+		return nil, err
+	}
+	again := g.Chain[0]
+	if err := again.sameFiles(m); err != nil {
 		return nil, err
 	}
 	if between != nil {
-		if err := between(g.Chain[0]); err != nil {
+		if err := between(again); err != nil {
 			return nil, err
 		}
 	}
 	if err := g.openNode(t, 0, o, backing); err != nil {
 		return nil, err
 	}
-	return g.Chain[0], nil
+	return again, nil
+}
+
+// sameFiles wants both to be open on the same files: the paths may lead to others by now.
+func (m *Member) sameFiles(was *Member) error {
+	same := len(m.files) == len(was.files)
+	for i := 0; same && i < len(m.files); i++ {
+		var err error
+		if same, err = m.files[i].Same(was.files[i]); err != nil {
+			return fmt.Errorf("image %q: %w", m.Path, err)
+		}
+	}
+	if !same {
+		return fmt.Errorf("image %q: %w", m.Path, ErrReplaced)
+	}
+	return nil
 }
 
 // lock takes a member's locks. Whoever else has conflicting ones, another opening of our own included, must have given

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"testing"
 
 	"github.com/blkstream/blkstream/blk"
@@ -202,5 +203,51 @@ func TestOverlayHoldsNothing(t *testing.T) {
 		return errors.New("not allowed")
 	}}); err == nil {
 		t.Error("opened what the caller does not allow")
+	}
+}
+
+// Somebody moved an image that is in use away and put another one there, an older copy perhaps. It must not come into the
+// chain in place of the one that is open.
+func TestReplaced(t *testing.T) {
+	replace := func(b *mergeBed, place int) {
+		name := b.at(fmt.Sprint(place))
+		old, err := os.ReadFile(name)
+		if err == nil {
+			err = errors.Join(os.Rename(name, name+".away"), os.WriteFile(name, old, 0o600))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	b := chainInUse(t, 4)
+	replace(b, 0)
+	b.changeSome(b.g.Root, b.model)
+	v, err := OpenOverlay(blk.NewTask(), b.overlay("over", b.at("0"), Qcow2), Qcow2, b.g, b.o)
+	if err == nil {
+		_, err = v.Join(blk.NewTask())
+		if cerr := v.Close(); cerr != nil {
+			t.Fatal(cerr)
+		}
+	}
+	if !errors.Is(err, ErrReplaced) {
+		t.Errorf("an overlay over another file than the one in use: %v", err)
+	}
+	b.changeSome(b.g.Root, b.model)
+	b.checkContents(b.g, b.model)
+	// The base, and the image whose header is to name it.
+	for _, place := range []int{3, 1} {
+		b := chainInUse(t, 4)
+		replace(b, place)
+		if _, err := OpenMerge(blk.NewTask(), b.g, 2, 3, b.o); !errors.Is(err, ErrReplaced) {
+			t.Errorf("a merge with another file than the one in use: %v", err)
+		}
+		b.changeSome(b.g.Root, b.model)
+		b.checkContents(b.g, b.model)
+		if err := b.g.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := b.g.Close(); err != nil {
+		t.Fatal(err)
 	}
 }

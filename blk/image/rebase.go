@@ -27,7 +27,8 @@ type RebaseOptions struct {
 }
 
 // Rebase gives the qcow2 image at path another backing image. Unless it is unsafe, what the old one shows through and
-// the new one does not is copied into the image first: the disk reads as before.
+// the new one does not is copied into the image first: the disk reads as before. An image with internal snapshots is
+// refused then: what these show is not copied.
 func Rebase(ctx context.Context, path string, o RebaseOptions) error {
 	if !o.KeepName && o.Path != "" && o.Format == "" {
 		return fmt.Errorf("rebase %q: backing file %q has no format given, and %w", path, o.Path, ErrNoFormat)
@@ -59,7 +60,11 @@ func Rebase(ctx context.Context, path string, o RebaseOptions) error {
 		return err
 	}
 	r.top, r.piece = g.Root, g.Chain[0].Header.ClusterSize()
-	err = r.rebase(ctx, t, g, o)
+	if g.Chain[0].Header.SnapshotCount > 0 { // what they show would have to be copied, too
+		err = fmt.Errorf("rebase %q: it has internal snapshots, which need the images behind it: %w", path, blk.ErrNotSupported)
+	} else {
+		err = r.rebase(ctx, t, g, o)
+	}
 	if cerr := g.Close(); err == nil {
 		err = cerr
 	}

@@ -543,6 +543,7 @@ func TestCommit(t *testing.T) {
 			m.must(err)
 			m.must(m.change(w.Insert))
 			m.must(w.Settle())
+			m.must(w.Grow(blk.NewTask()))
 			view, err := w.View()
 			m.must(err)
 			s := commit.Setup{Graph: m.g, View: view, Depth: w.Depth(), Base: w.Base(), Finish: func(context.Context) error {
@@ -575,6 +576,7 @@ func TestCommitActive(t *testing.T) {
 			m.must(err)
 			m.must(m.change(w.Insert))
 			m.must(w.Settle())
+			m.must(w.Grow(blk.NewTask()))
 			s := blockcopy.Setup{
 				Graph: m.g, Target: w.Base(), Blank: true, Base: uint16(c.base),
 				Commit:  func() error { m.record(layer{base.Path, base.Format}); return nil },

@@ -3,7 +3,10 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
+	"fmt"
+	"os"
 	"strings"
 	"testing"
 
@@ -53,5 +56,33 @@ func TestSharedBaseWithLeftovers(t *testing.T) {
 	_, err = c.Switch(t.Context(), &control.SwitchRequest{Target: "disk0"})
 	b.must(err)
 	b.holds("disk0", 1)
+	b.stop(d)
+}
+
+// The configuration names other images behind the shared base than that does itself. Behind the target, only the base
+// would say what is there.
+func TestSharedBaseOverOtherImages(t *testing.T) {
+	b := newBed(t)
+	b.layered(7)
+	b.must(os.WriteFile(b.path("old.raw"), bytes.Repeat([]byte{9}, diskSize), 0o600))
+	b.must(image.Rebase(t.Context(), b.path("middle.qcow2"), image.RebaseOptions{
+		Layer: image.Layer{Path: "old.raw", Format: image.Raw}, Unsafe: true,
+	}))
+	d, c := b.start(b.load("", b.layeredDisk("a", "top.qcow2", fmt.Sprintf(
+		"backing = [{ image = %q, format = \"qcow2\" }, { image = %q, format = \"raw\" }]", b.path("middle.qcow2"), b.path("base.raw")))))
+	b.holds("a", 7)
+	_, err := c.Copy(t.Context(), &control.CopyRequest{Disk: "a", Target: b.path("target"), Base: b.path("middle.qcow2")})
+	b.wants(err, control.ErrInvalid, b.path("target"), b.path("old.raw"), b.path("base.raw"))
+	if exists(b.path("target")) {
+		t.Error("the target was left behind")
+	}
+	b.holds("a", 7)
+	// Behind the last one nothing can be different.
+	j, err := c.Copy(t.Context(), &control.CopyRequest{Disk: "a", Target: b.path("target"), Base: b.path("base.raw")})
+	b.must(err)
+	b.wait(c, j.Id, job.StateReady)
+	_, err = c.Switch(t.Context(), &control.SwitchRequest{Target: "a"})
+	b.must(err)
+	b.holds("a", 7)
 	b.stop(d)
 }

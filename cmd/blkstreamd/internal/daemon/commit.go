@@ -144,6 +144,9 @@ func (w *merge) run(ctx context.Context, active bool, base int) error {
 	if err := w.step(ctx, w.m.Insert); err != nil {
 		return errors.Join(err, w.m.Close())
 	}
+	if err := w.grow(ctx); err != nil {
+		return errors.Join(err, w.remove(ctx))
+	}
 	if active {
 		return w.runActive(ctx, base)
 	}
@@ -176,6 +179,13 @@ func (w *merge) step(ctx context.Context, change func() (*image.Image, error)) e
 	}
 	w.settle()
 	return nil
+}
+
+// grow makes the base as large as need be, with nothing in flight to it.
+func (w *merge) grow(ctx context.Context) error {
+	wait, cancel := context.WithTimeout(ctx, changeWait)
+	defer cancel()
+	return w.k.graph.Change(wait, func(*blk.Tx) error { return w.m.Grow(blk.NewTask()) })
 }
 
 func (w *merge) use(img *image.Image) {
@@ -221,7 +231,7 @@ func (w *merge) remove(ctx context.Context) error {
 func (w *merge) runActive(ctx context.Context, base int) error {
 	r := w.j.Record()
 	hint := w.k.commitHint(r)
-	err := blockcopy.Run(ctx, w.j, blockcopy.Setup{
+	s := blockcopy.Setup{
 		Graph: w.k.graph, Target: w.m.Base(), Blank: true, Base: uint16(base), Hint: committed(w.merged, r.Target, hint),
 		Commit: func() error { return w.k.moveTo(r.Target, r.Format) },
 		Release: func(n blk.Node) error {
@@ -232,8 +242,8 @@ func (w *merge) runActive(ctx context.Context, base int) error {
 			w.settle()
 			return nil
 		},
-	})
-	return err
+	}
+	return w.k.pauseCopyOnRead(ctx, func() error { return blockcopy.Run(ctx, w.j, s) })
 }
 
 // commitHint says what to change in the configuration, which may name the base still.

@@ -306,3 +306,76 @@ func TestCommitFoundComplete(t *testing.T) {
 	b.shows("disk0", 4, 1, 2, 3, 4)
 	b.stop(d)
 }
+
+// Copy on read rests while the disk is merged into another image, and is over that one then.
+func TestCommitOfCopyOnRead(t *testing.T) {
+	b := newBed(t)
+	b.layered(7)
+	d, c := b.start(b.load("", b.layeredDisk("a", "top.qcow2", "copy_on_read = true")))
+	b.write("a", 1)
+	j, err := c.Commit(t.Context(), &control.CommitRequest{Disk: "a"})
+	b.must(err)
+	b.wait(c, j.Id, job.StateCompleted)
+	if g := b.graph(c); !strings.HasPrefix(g, "copy-on-read") || !strings.Contains(g, "middle.qcow2") {
+		t.Errorf("after the commit the graph is\n%s", g)
+	}
+	b.holds("a", 1)
+	b.stop(d)
+	for _, name := range []string{"top.qcow2", "middle.qcow2"} {
+		if n := b.held(name); n != 64<<10 {
+			t.Errorf("%s holds %d bytes, want what the guest wrote", name, n)
+		}
+	}
+}
+
+// The disk was made larger than the base. One that cannot be made larger ends the job, and the chain is as it was.
+func TestCommitGrows(t *testing.T) {
+	for _, fixed := range []bool{false, true} {
+		b := newBed(t)
+		f := b.load("", b.qcow2Disk("disk0", b.qcow2("1", "", ""), ""))
+		if fixed {
+			b.qemu("qemu-img", "bitmap", "--add", "--disable", b.path("1"), "fixed")
+		}
+		d, c := b.start(f)
+		b.stack(c, 2)
+		_, err := c.DiskResize(t.Context(), &control.DiskResizeRequest{Id: "disk0", Size: 2 * diskSize})
+		b.must(err)
+		const last = 2*diskSize/placeSize - 1
+		b.fill("disk0", last, 3)
+		_, err = b.snapshot(c, "disk0", b.path("3"))
+		b.must(err)
+		for _, top := range []string{"2", ""} {
+			r := &control.CommitRequest{Disk: "disk0", Base: b.path("1")}
+			if top != "" {
+				r.Top = b.path(top)
+			}
+			j, err := c.Commit(t.Context(), r)
+			b.must(err)
+			state := job.StateCompleted
+			if fixed {
+				state = job.StateFailed
+			}
+			j = b.wait(c, j.Id, state)
+			if fixed && (!strings.Contains(j.Error, "bitmaps") || !strings.Contains(j.Message, "nothing is merged")) {
+				t.Errorf("job: %v", j)
+			}
+			switch {
+			case fixed:
+				b.chain(d, "3", "2", "1")
+				b.readable("2", "1")
+			case top != "":
+				b.chain(d, "3", "1")
+			default:
+				b.chain(d, "1")
+			}
+			contents := make([]byte, last+1)
+			copy(contents, []byte{2, 1, 2})
+			contents[last] = 3
+			b.shows("disk0", contents...)
+		}
+		b.stop(d)
+		if !fixed {
+			b.sound(b.path("1"))
+		}
+	}
+}

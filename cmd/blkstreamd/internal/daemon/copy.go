@@ -9,6 +9,7 @@ import (
 	"math/bits"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/blkstream/blkstream/blk"
@@ -334,7 +335,27 @@ func checkTarget(k *disk, source, target *image.Image, r job.Record, s *blockcop
 		return control.Errorf(control.ErrInvalid, "%s does not lie over the base %s: let the copy make the target, or make it with "+
 			"`blkstream image create -b %[2]s -F %s`", r.Target, r.Base, source.Chain[base].Format)
 	}
+	if err := sameBehind(source, target, base); err != nil {
+		return err
+	}
 	s.Base = uint16(base)
+	return nil
+}
+
+// sameBehind wants the target to have the images behind the base that the source has there, which the configuration may
+// name in place of what the base says.
+func sameBehind(source, target *image.Image, base int) error {
+	names := func(ms []*image.Member) (all []string) {
+		for _, m := range ms {
+			all = append(all, m.Path)
+		}
+		return all
+	}
+	behind, would := source.Chain[base:], target.Chain[1:]
+	if !slices.EqualFunc(behind, would, func(a, b *image.Member) bool { return a.Format == b.Format && sameFile(a.Path, b.Path) }) {
+		return control.Errorf(control.ErrInvalid, "behind %s there would be %s, behind the disk there is %s: let the images name those, "+
+			"with `blkstream image rebase -f qcow2 -u`", target.Chain[0].Path, strings.Join(names(would), ", "), strings.Join(names(behind), ", "))
+	}
 	return nil
 }
 

@@ -88,7 +88,7 @@ func (k *disk) pauseCopyOnRead(ctx context.Context, run func() error) error {
 		return nil
 	})
 	if err != nil {
-		return err
+		return run() // ctx is over: the job ends, too, and gives back what it was to work on
 	}
 	runErr := run()
 	err = k.graph.Change(context.WithoutCancel(ctx), func(tx *blk.Tx) error {

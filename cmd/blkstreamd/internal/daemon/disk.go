@@ -283,7 +283,7 @@ func (d *Daemon) imageOptions(spec *config.Disk, g *blk.Graph) image.Options {
 // imageError makes an error of the images one of the control socket's.
 func imageError(err error) error {
 	switch {
-	case errors.Is(err, file.ErrInUse), errors.Is(err, qcow2.ErrCorrupt):
+	case errors.Is(err, file.ErrInUse), errors.Is(err, image.ErrReplaced), errors.Is(err, qcow2.ErrCorrupt):
 		return control.Errorf(control.ErrPrecondition, "%w", err)
 	case errors.Is(err, image.ErrFormat), errors.Is(err, qcow2.ErrFeature), errors.Is(err, addcow.ErrFeature):
 		return control.Errorf(control.ErrUnsupported, "%w", err)

@@ -301,17 +301,8 @@ func (d *Daemon) finishSnapshots() error {
 			return fmt.Errorf("state directory: %s is damaged: it does not name disks and images", d.store.Path(snapshotKind, id))
 		}
 		for _, m := range s.Moves {
-			var r record
-			found, err := d.loadRecord(m.Disk, &r)
-			if err != nil {
-				return err
-			}
-			// Else the disk's own record is newer: this was done before, or the disk has moved on or is gone.
-			if found && r.Image == m.From.Image && slices.Equal(r.Moved, m.From.Moved) {
-				m.To.CacheOff = r.CacheOff // the guest may have said so meanwhile
-				if err := d.store.Save(recordKind, m.Disk, &m.To); err != nil {
-					return fmt.Errorf("snapshot of disk %q: %w", m.Disk, err)
-				}
+			if err := d.finishMove(&m); err != nil {
+				return fmt.Errorf("snapshot of disk %q: %w", m.Disk, err)
 			}
 		}
 		if err := d.store.Delete(snapshotKind, id); err != nil {
@@ -319,6 +310,23 @@ func (d *Daemon) finishSnapshots() error {
 		}
 	}
 	return nil
+}
+
+func (d *Daemon) finishMove(m *moveRecord) error {
+	if k, err := d.find(m.Disk); err == nil {
+		// The guest is on it, or the snapshot was not taken (errUnsure): what it is on counts, whatever the list says.
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		return d.store.Save(recordKind, m.Disk, &k.rec)
+	}
+	var r record
+	found, err := d.loadRecord(m.Disk, &r)
+	// Else the disk's own record is newer: this was done before, or the disk has moved on or is gone.
+	if err != nil || !found || r.Image != m.From.Image || !slices.Equal(r.Moved, m.From.Moved) {
+		return err
+	}
+	m.To.CacheOff = r.CacheOff // the guest may have said so meanwhile
+	return d.store.Save(recordKind, m.Disk, &m.To)
 }
 
 func (s *service) Snapshot(ctx context.Context, r *control.SnapshotRequest) (*control.SnapshotResponse, error) {

@@ -278,6 +278,36 @@ func TestSnapshotFinish(t *testing.T) {
 	b.imageHolds(b.path("2.img"), "raw", 2)
 }
 
+// It was not known whether a snapshot was recorded, and it was not taken. It must not come between the disk and the next
+// one: a restart would find the disk on an overlay that the guest was never on.
+func TestSnapshotNotTaken(t *testing.T) {
+	b := newBed(t)
+	f := b.load("", b.disk("disk1", b.image("1.img")))
+	d, c := b.start(f)
+	b.write("disk1", 1)
+	k, err := d.find("disk1")
+	b.must(err)
+	// What errUnsure leaves.
+	from := k.record()
+	unsure := snapshotRecord{[]moveRecord{{"disk1", from, from.move(b.qcow2("unsure", "", ""), "qcow2")}}}
+	b.must(d.store.Save(snapshotKind, "disk1", &unsure))
+	_, err = b.snapshot(c, "disk1", b.path("no/folder"))
+	if err == nil || b.record("disk1").Image != b.path("1.img") {
+		t.Errorf("a snapshot that failed: %v; recorded: %+v", err, b.record("disk1"))
+	}
+	b.must(d.store.Save(snapshotKind, "disk1", &unsure))
+	_, err = b.snapshot(c, "disk1", b.path("taken"))
+	b.must(err)
+	b.write("disk1", 2)
+	b.stop(d)
+	d, _ = b.start(f)
+	b.holds("disk1", 2)
+	if got := b.record("disk1").Image; got != b.path("taken") {
+		t.Errorf("the disk is on %s", got)
+	}
+	b.stop(d)
+}
+
 // What the configuration says of the images behind the old one still counts behind the overlay.
 func TestSnapshotKeepsBackingOfConfiguration(t *testing.T) {
 	b := newBed(t)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -98,6 +99,66 @@ func TestCopyOnRead(t *testing.T) {
 	}
 	b.holds("a", 7)
 	b.must(d.Stop())
+}
+
+// restless is a queue that does not come to rest at the nth change of the graph.
+type restless struct {
+	meter   blk.Meter
+	changes atomic.Int64
+	nth     int64
+	reached chan struct{}
+}
+
+func (q *restless) Pause(ctx context.Context) error {
+	if q.changes.Add(1) != q.nth {
+		return nil
+	}
+	close(q.reached)
+	<-ctx.Done()
+	return context.Cause(ctx)
+}
+
+func (q *restless) Resume()           {}
+func (q *restless) Barrier()          {}
+func (q *restless) Meter() *blk.Meter { return &q.meter }
+
+// A job that is cancelled before copy on read could be taken out of its way gives back what it was to work on.
+func TestCopyOnReadInTheWay(t *testing.T) {
+	for _, tc := range []struct {
+		nth   int64
+		start func(*control.Client, string) (*control.Job, error)
+	}{
+		{1, func(c *control.Client, target string) (*control.Job, error) {
+			return c.Copy(t.Context(), &control.CopyRequest{Disk: "a", Target: target})
+		}},
+		{2, func(c *control.Client, _ string) (*control.Job, error) { // the first puts the base that is open for writing in
+			return c.Commit(t.Context(), &control.CommitRequest{Disk: "a"})
+		}},
+	} {
+		b := newBed(t)
+		b.layered(7)
+		d, c := b.start(b.load("", b.layeredDisk("a", "top.qcow2", "copy_on_read = true")))
+		k, err := d.find("a")
+		b.must(err)
+		q := &restless{nth: tc.nth, reached: make(chan struct{})}
+		k.graph.Attach(q)
+		j, err := tc.start(c, b.path("target.qcow2"))
+		b.must(err)
+		<-q.reached
+		_, err = c.JobCancel(t.Context(), &control.JobCancelRequest{Id: j.Id})
+		b.must(err)
+		b.wait(c, j.Id, job.StateCancelled)
+		if tc.nth == 1 {
+			b.unused("target.qcow2")
+		}
+		b.readable("middle.qcow2", "base.raw")
+		if g := b.graph(c); !strings.HasPrefix(g, "copy-on-read") || !strings.Contains(g, "top.qcow2") {
+			t.Errorf("the graph is\n%s", g)
+		}
+		b.holds("a", 7)
+		k.graph.Detach(q)
+		b.stop(d)
+	}
 }
 
 // A hole of the image behind, which shows as zeros anyway, is not stored; zeros that are stored there are, as zeros.
