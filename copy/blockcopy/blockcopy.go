@@ -142,6 +142,7 @@ func (c *copier) remove(ctx context.Context) error {
 			c.filter.To(nil, nil)
 			c.filter.State.Rest()
 		} else {
+			c.filter.State.Over()
 			tx.SetRoot(c.filter.Source())
 		}
 		c.job.Update(func(r *job.Record) {
@@ -488,6 +489,7 @@ func (c *copier) switchOver(ctx context.Context) error {
 		if err := c.Commit(); err != nil {
 			return err
 		}
+		c.filter.State.Over()
 		source = c.filter.Source()
 		tx.SetRoot(c.Target)
 		return nil

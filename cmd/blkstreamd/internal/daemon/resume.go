@@ -378,6 +378,7 @@ func (k *disk) dropCopyState(id string) error {
 	k.copying = nil
 	if k.logged() != nil {
 		err := k.graph.Change(context.Background(), func(tx *blk.Tx) error {
+			s.state.Over()
 			tx.SetRoot(k.over(k.image()))
 			return nil
 		})
