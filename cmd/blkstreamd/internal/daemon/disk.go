@@ -314,6 +314,9 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 			root, k.copying, k.notGoing = k.over(img), nil, err
 		}
 	}
+	if resumes && k.copying == nil {
+		d.neverGoesOn(unfinished.ID)
+	}
 	if err := k.graph.Change(context.Background(), func(tx *blk.Tx) error { tx.SetRoot(root); return nil }); err != nil {
 		return nil, errors.Join(err, img.Close())
 	}
@@ -455,8 +458,7 @@ func (k *disk) drain() error {
 	files := k.bitmaps.files()
 	err = errors.Join(err, k.bitmaps.sync(), k.closeImage())
 	if k.copying != nil {
-		k.copying.stamp() // after the last change of the image's files
-		err = errors.Join(err, k.copying.unmap())
+		err = errors.Join(err, k.copying.rest())
 	}
 	return errors.Join(err, k.bitmaps.stopped(files))
 }
