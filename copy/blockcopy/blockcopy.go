@@ -499,9 +499,8 @@ func (c *copier) switchOver(ctx context.Context) error {
 	}
 	c.job.Update(func(r *job.Record) { r.Message, r.Error = c.Hint, "" })
 	if err := c.release(source); err != nil {
-		c.job.Update(func(r *job.Record) {
-			r.Error = fmt.Sprintf("the guest is on %s; closing %s: %v", r.Target, r.Source, err)
-		})
+		// Not an error of the job, which whoever asked for the switch would take for its failure.
+		c.job.Update(func(r *job.Record) { r.Message += fmt.Sprintf("; closing %s: %v", r.Source, err) })
 	}
 	return nil
 }
