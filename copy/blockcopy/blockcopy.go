@@ -11,7 +11,8 @@
 //	switch  on command: with the guest paused and nothing dirty the target is flushed, the switch recorded, and the
 //	        guest goes on with the target only
 //
-// A target that fails sends the job back to the dirty stage: the guest's writes are logged again.
+// A target that fails sends the job back to the dirty stage: the guest's writes are logged again. If it has tables of its
+// own, and a flush of these fails, the job ends.
 package blockcopy
 
 import (
@@ -136,7 +137,7 @@ func (c *copier) remove(ctx context.Context) error {
 		consistent := c.job.Record().TargetConsistent && c.filter.Mirroring() && c.filter.Dirty.Count() == 0
 		if consistent {
 			flushErr = c.filter.FlushTarget(blk.NewTask())
-			consistent = flushErr == nil
+			consistent = flushErr == nil && c.whole() == nil
 		}
 		if stays {
 			c.filter.To(nil, nil)
@@ -179,6 +180,9 @@ func (c *copier) stages(ctx context.Context) error {
 			err = c.verify(ctx)
 		}
 		if err == nil {
+			err = c.whole()
+		}
+		if err == nil {
 			err = c.ready(ctx)
 		}
 		if errors.Is(err, errBehind) {
@@ -213,9 +217,25 @@ func (c *copier) lost() error {
 	}
 }
 
+// whole fails if a flush within the target has failed that may have lost tables of it. They are in memory and look right, also
+// to a comparison, and what is copied again goes where they say without their being written again.
+func (c *copier) whole() error {
+	target, ok := c.Target.(interface{ Lost() error })
+	if !ok || target.Lost() == nil {
+		return nil
+	}
+	err := fmt.Errorf("%s could not be flushed, which may have lost parts of its tables: copy anew (%v)", //nolint:errorlint // whatever it was
+		c.Target.Info().Name, target.Lost())
+	c.filter.State.Doubt(err)
+	return err
+}
+
 // onError does what the user asked for: nil means go on, perhaps after a pause.
 func (c *copier) onError(ctx context.Context, policy string, err error) error {
 	c.job.Update(func(r *job.Record) { r.TargetConsistent = false })
+	if err := c.whole(); err != nil {
+		return err
+	}
 	if policy == job.OnErrorStop || policy == job.OnErrorEnospc && blk.IsNoSpace(err) {
 		c.job.PauseFor(err)
 		gate := c.job.Gate(ctx)
@@ -482,6 +502,9 @@ func (c *copier) switchOver(ctx context.Context) error {
 		}
 		if err := flush(); err != nil {
 			return err
+		}
+		if err := c.whole(); err != nil {
+			return &targetLost{err}
 		}
 		if ctx.Err() != nil { // cancelled while the guest was brought to rest
 			return context.Cause(ctx)
