@@ -51,6 +51,9 @@ type Setup struct {
 	// Commit records durably that the disk is on the target. The guest is paused meanwhile. After an error the disk
 	// stays on the source.
 	Commit func() error
+	// Settle is called after an error of Commit, again and again until it returns nil: nobody can doubt then that the disk is
+	// on the source. Up to that guest writes go to both images, and the job does not end. nil: there is no doubt.
+	Settle func() error
 	// Hint tells the user what to do after the switch, Left before it what the target will not have. Left may be empty.
 	Hint, Left string
 }
@@ -74,6 +77,9 @@ type copier struct {
 	targetErr chan error // from a queue's thread: the target could not take a mirrored write
 	asked     bool       // for a switch that is still to come
 
+	settleMu  sync.Mutex // held over Settle
+	unsettled error      // of Settle: the next daemon may find the disk on the target
+
 	progress progress
 }
 
@@ -91,6 +97,7 @@ func Run(ctx context.Context, j *job.Job, s Setup) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { c.report(watch) })
 	wg.Go(func() { c.filter.State.Settle(watch, c.Graph.Barrier) })
+	wg.Go(func() { c.keepSettling(watch) })
 	err := c.stages(ctx)
 	stop()
 	wg.Wait()
@@ -131,6 +138,7 @@ func (c *copier) insert(ctx context.Context) error {
 // remove takes the filter away, or at least the target from it; the guest stays on the source. If the copy was complete
 // the target is left as it was at that instant.
 func (c *copier) remove(ctx context.Context) error {
+	c.waitSettled()
 	stays := c.State != nil && job.Stopping(ctx)
 	var flushErr error
 	err := c.Graph.Change(context.WithoutCancel(ctx), func(tx *blk.Tx) error {
@@ -160,6 +168,54 @@ func (c *copier) remove(ctx context.Context) error {
 		return err // the filter stays, and with it the target: the guest's writes are logged in vain
 	}
 	return errors.Join(flushErr, c.release(c.Target))
+}
+
+// settleEvery is how often it is tried to record that a disk is still on the source. Tests change it.
+var settleEvery = time.Second
+
+// settle follows a Commit that failed.
+func (c *copier) settle() error {
+	if c.Settle == nil {
+		return nil
+	}
+	c.settleMu.Lock()
+	defer c.settleMu.Unlock()
+	c.unsettled = c.Settle()
+	return c.unsettled
+}
+
+func (c *copier) inDoubt() error {
+	c.settleMu.Lock()
+	defer c.settleMu.Unlock()
+	return c.unsettled
+}
+
+// keepSettling removes a doubt as soon as it can be, until ctx ends: should the target fail meanwhile, only the source has
+// what the guest writes.
+func (c *copier) keepSettling(ctx context.Context) {
+	tick := time.NewTicker(settleEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		if c.inDoubt() != nil {
+			c.settle() //nolint:errcheck // it is kept
+		}
+	}
+}
+
+// waitSettled waits until there is no doubt that the disk is on the source, whatever else is to be done. A daemon that stops
+// or dies meanwhile leaves two images that are the same.
+func (c *copier) waitSettled() {
+	for err := c.inDoubt(); err != nil; err = c.settle() {
+		c.job.Update(func(r *job.Record) {
+			r.Message = fmt.Sprintf("cannot end before it is recorded that the disk is on %s: %v", r.Source, err)
+		})
+		time.Sleep(settleEvery)
+	}
 }
 
 func (c *copier) release(n blk.Node) error {
@@ -510,7 +566,7 @@ func (c *copier) switchOver(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 		if err := c.Commit(); err != nil {
-			return err
+			return errors.Join(err, c.settle())
 		}
 		c.filter.State.Over()
 		source = c.filter.Source()

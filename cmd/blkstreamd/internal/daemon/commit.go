@@ -224,6 +224,7 @@ func (w *merge) runActive(ctx context.Context, base int) error {
 	err := blockcopy.Run(ctx, w.j, blockcopy.Setup{
 		Graph: w.k.graph, Target: w.m.Base(), Blank: true, Base: uint16(base), Hint: committed(w.merged, r.Target, hint),
 		Commit: func() error { return w.k.moveTo(r.Target, r.Format) },
+		Settle: w.k.settle,
 		Release: func(n blk.Node) error {
 			if n == w.m.Base() {
 				return w.remove(ctx)

@@ -263,6 +263,7 @@ func (d *Daemon) startCopy(k *disk, r job.Record, blank, pack bool) (*job.Job, e
 		Target: target.Root,
 		Blank:  blank,
 		Commit: func() error { return k.moveTo(r.Target, r.Format) },
+		Settle: k.settle,
 		Hint:   k.hint(r.Target, r.Format),
 	}
 	if err := checkTarget(k, source, target, r, &s); err != nil {
