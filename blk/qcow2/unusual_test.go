@@ -67,13 +67,15 @@ func TestBitmapsOutOfDate(t *testing.T) {
 	checkWithQEMU(t, m.Bytes())
 }
 
-// The header's numbers, the bitmaps' extension and the names change as one, also where they take several sectors.
+// The header's numbers, the bitmaps' extension and the names change as one, also where they take several sectors, and
+// never before what they point to.
 func TestPowerCutsStoreBitmaps(t *testing.T) {
 	rng := blktest.Rand(t)
 	for _, c := range []struct {
 		cluster int64
 		name    string
-	}{{4096, ""}, {8192, ""}, {8192, "base"}, {64 << 10, strings.Repeat("x", 400)}, {8192, strings.Repeat("y", 1000)}} {
+		kept    int // bytes of another extension
+	}{{4096, "", 0}, {4096, "", 400}, {8192, "", 400}, {8192, "base", 400}, {64 << 10, strings.Repeat("x", 400), 400}, {8192, strings.Repeat("y", 1000), 400}} {
 		disk := blktest.NewCrashDisk(0)
 		o := qcow2.CreateOptions{Size: 256 << 10, ClusterSize: c.cluster, BackingFile: c.name}
 		if c.name != "" {
@@ -83,7 +85,7 @@ func TestPowerCutsStoreBitmaps(t *testing.T) {
 		// As QEMU places the name: right behind the extensions, which grow.
 		h, err := qcow2.ReadHeader(blk.NewTask(), disk)
 		must(t, err)
-		h.Extensions = append(h.Extensions, qcow2.Extension{Type: 0x12345678, Data: bytes.Repeat([]byte("kept"), 100)})
+		h.Extensions = append(h.Extensions, qcow2.Extension{Type: 0x12345678, Data: bytes.Repeat([]byte("k"), c.kept)})
 		h.BackingFile = ""
 		head, err := h.Encode()
 		must(t, err)
@@ -97,8 +99,10 @@ func TestPowerCutsStoreBitmaps(t *testing.T) {
 		do(t, disk, &blk.Request{Op: blk.OpFlush})
 		n := qcow2.ReserveLittle(open(t, disk, qcow2.Options{}))
 		first := disk.Points()
-		bits := blk.NewBitmap(o.Size, 4096)
-		for _, names := range []string{"a", "ab", "", "b"} {
+		for i, names := range []string{"a", "ab", "", "b"} {
+			bits := blk.NewBitmap(o.Size, 4096)
+			bits.Set(0, 4096)
+			bits.Set(int64(i+1)*8192, 4096)
 			var list []qcow2.BitmapData
 			for _, x := range names {
 				list = append(list, qcow2.BitmapData{Name: string(x), Bits: bits})
@@ -115,6 +119,17 @@ func TestPowerCutsStoreBitmaps(t *testing.T) {
 				if r := check(t, left, qcow2.RepairNone); r.Errors > 0 {
 					t.Fatalf("cut at %d: %+v", at, r)
 				}
+				n := open(t, left, qcow2.Options{ReadOnly: true})
+				list, err := n.Bitmaps(blk.NewTask())
+				must(t, err)
+				for _, b := range list {
+					bits, err := n.LoadBitmap(blk.NewTask(), b)
+					must(t, err)
+					if !bits.Any(0, 4096) || bits.Count() != 2 {
+						t.Fatalf("cut at %d of %d to %d: bitmap %q has %d bits", at, first, disk.Points(), b.Name, bits.Count())
+					}
+				}
+				must(t, n.Close())
 			}
 		}
 		must(t, n.Close())

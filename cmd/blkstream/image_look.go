@@ -20,7 +20,7 @@ import (
 
 func (a *app) imageInfoCmd() *cobra.Command {
 	var format choice
-	whole := true
+	whole, share := true, false
 	cmd := &cobra.Command{
 		Use:   "info -f FORMAT FILE",
 		Short: "Describe an image and the images behind it",
@@ -31,8 +31,10 @@ func (a *app) imageInfoCmd() *cobra.Command {
 			}
 			a.started = true
 			// What could be found out is shown in any case.
-			all, err := image.Describe(args[0], format.value, whole, image.Options{})
-			err = hint(err)
+			all, err := image.Describe(args[0], format.value, whole, image.Options{Unlocked: share})
+			if err = hint(err); !share && errors.Is(err, image.ErrInUse) {
+				err = fmt.Errorf("%w; or look all the same, with -U", err)
+			}
 			switch {
 			case len(all) == 0:
 				return err
@@ -47,6 +49,7 @@ func (a *app) imageInfoCmd() *cobra.Command {
 	}
 	formatFlag(cmd, &format, "format", "f", "format of the image")
 	cmd.Flags().BoolVar(&whole, "chain", true, "describe the images behind it too; JSON is an array then")
+	cmd.Flags().BoolVarP(&share, "force-share", "U", false, "look though a program may be writing to the image, such as a running disk's")
 	return cmd
 }
 

@@ -340,6 +340,10 @@ func TestImageInUse(t *testing.T) {
 			t.Errorf("%s leaves its target", line)
 		}
 	}
+	status, out, errs := runCLI(t.Context(), "image", "info", "-U", "-f", "qcow2", "a")
+	if status != exitDone || !strings.Contains(out, "4 MiB") {
+		t.Errorf("info -U: status %d: %s%s", status, out, errs)
+	}
 }
 
 func patch(t *testing.T, path string, off int64, b []byte) {

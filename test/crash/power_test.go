@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -615,18 +616,20 @@ func TestCopy(t *testing.T) {
 				Commit:  func() error { m.record(to); return nil },
 				Release: func(blk.Node) error { old := m.img; m.img = target; return old.Close() },
 			}
+			var packed atomic.Int64
 			if n, ok := target.Root.(*qcow2.Node); c.pack && ok {
-				s.Pack, s.PackUnit = n.WriteCompressed, target.Chain[0].Header.ClusterSize()
+				s.PackUnit = target.Chain[0].Header.ClusterSize()
+				s.Pack = func(t *blk.Task, off int64, data []byte) error {
+					packed.Add(1)
+					return n.WriteCompressed(t, off, data)
+				}
 			}
 			m.under(60, func() {
 				m.run(job.Options{}, func(ctx context.Context, j *job.Job) error { return blockcopy.Run(ctx, j, s) })
 			})
 			m.check()
-			if !c.pack || t.Failed() {
-				return
-			}
-			if r, err := qcow2.Check(blk.NewTask(), m.p.disks[to.path], qcow2.RepairNone); err != nil || r.CompressedClusters == 0 {
-				t.Errorf("nothing was compressed: %+v, %v", r, err)
+			if c.pack && packed.Load() == 0 { // the guest may have written over all of it since
+				t.Error("nothing was compressed")
 			}
 		})
 	}

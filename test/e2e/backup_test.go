@@ -96,6 +96,9 @@ func TestBackupFullTarget(t *testing.T) {
 		return err
 	}
 	if os.Geteuid() != 0 || mount("size=16m") != nil {
+		if os.Getenv("CI") != "" {
+			t.FailNow()
+		}
 		t.Skip("no file system can be mounted here")
 	}
 	t.Cleanup(func() {

@@ -106,12 +106,7 @@ func Start(file *config.File, o Options) (d *Daemon, err error) {
 	if err := d.finishSnapshots(); err != nil {
 		return d, err
 	}
-	for i := range file.Disks {
-		if err := d.startConfigured(file.Disks[i]); err != nil {
-			return d, err
-		}
-	}
-	if err := d.startAdded(); err != nil {
+	if err := d.startDisks(); err != nil {
 		return d, err
 	}
 	d.resumeJobs(d.unfinished)

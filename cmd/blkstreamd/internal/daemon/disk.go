@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"slices"
@@ -95,6 +96,46 @@ func (d *Daemon) loadRecord(id string, r *record) (bool, error) {
 // valid: else what the record says is not what a daemon has written.
 func (r record) valid() bool { return r.Image != "" && r.Format != "" }
 
+// startPatience is how long a disk may take to start before the log names it.
+const startPatience = 10 * time.Second
+
+// startDisks serves all disks, each beside the others: the guests of one whose storage hangs wait, and no others.
+func (d *Daemon) startDisks() error {
+	starts := map[string]func() error{}
+	for _, spec := range d.file.Disks {
+		starts[spec.ID] = func() error { return d.startConfigured(spec) }
+	}
+	ids, err := d.store.IDs(recordKind)
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		if starts[id] != nil {
+			continue
+		}
+		var r record
+		if _, err := d.loadRecord(id, &r); err != nil {
+			return err
+		}
+		if r.Added != nil {
+			starts[id] = func() error { return d.startAdded(r) }
+		}
+	}
+	var wg sync.WaitGroup
+	errs := make([]error, len(starts))
+	for i, id := range slices.Sorted(maps.Keys(starts)) {
+		wg.Go(func() {
+			slow := time.AfterFunc(startPatience, func() {
+				d.opts.Log.Warn("the disk's image does not open; jobs and commands wait for it, other disks do not", "disk", id)
+			})
+			defer slow.Stop()
+			errs[i] = starts[id]()
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
 // startConfigured serves a disk of the configuration from the image that it is on, which is another one than
 // configured after a switch.
 func (d *Daemon) startConfigured(spec config.Disk) error {
@@ -151,24 +192,11 @@ func (d *Daemon) startConfigured(spec config.Disk) error {
 	return nil
 }
 
-// startAdded serves the disks that were added to an earlier daemon at run time.
-func (d *Daemon) startAdded() error {
-	ids, err := d.store.IDs(recordKind)
-	if err != nil {
-		return err
-	}
-	for _, id := range ids {
-		var r record
-		if _, err := d.loadRecord(id, &r); err != nil {
-			return err
-		}
-		if r.Added == nil {
-			continue
-		}
-		if _, err := d.startDisk(*r.Added, r); err != nil {
-			return fmt.Errorf("disk %q, which was added at run time: %w; to forget it remove %s",
-				id, err, d.store.Path(recordKind, id))
-		}
+// startAdded serves a disk that was added to an earlier daemon at run time.
+func (d *Daemon) startAdded(r record) error {
+	if _, err := d.startDisk(*r.Added, r); err != nil {
+		return fmt.Errorf("disk %q, which was added at run time: %w; to forget it remove %s",
+			r.Added.ID, err, d.store.Path(recordKind, r.Added.ID))
 	}
 	return nil
 }
