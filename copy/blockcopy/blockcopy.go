@@ -280,8 +280,8 @@ func (c *copier) whole() error {
 	if !ok || target.Lost() == nil {
 		return nil
 	}
-	err := fmt.Errorf("%s could not be flushed, which may have lost parts of its tables: copy anew (%v)", //nolint:errorlint // whatever it was
-		c.Target.Info().Name, target.Lost())
+	err := fmt.Errorf("%s could not be flushed, which may have lost parts of its tables: copy anew (%v)",
+		c.Target.Info().Name, target.Lost()) //nolint:errorlint // room on the storage is no remedy
 	c.filter.State.Doubt(err)
 	return err
 }

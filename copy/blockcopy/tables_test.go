@@ -39,7 +39,7 @@ func (c *cached) Do(t *blk.Task, r *blk.Request) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.fail--; c.fail != 0 {
-		c.kept = c.Memory.Bytes()
+		c.kept = c.Bytes()
 		return nil
 	}
 	now := bytes.Repeat([]byte{0}, int(c.Info().Size))
