@@ -120,10 +120,10 @@ func (n *Node) Do(t *blk.Task, r *blk.Request) error {
 	case blk.OpWrite, blk.OpWriteZeroes, blk.OpDiscard:
 		defer n.State.End(n.State.Begin(r.Off, r.Len))
 		if !n.mirrors.Load() {
-			err := blk.Do(t, n.source, r)
-			// Marked after the write, whatever came of it, and before it is acknowledged.
-			n.Dirty.Set(r.Off, r.Len)
-			return err
+			// Marked after the write, whatever came of it, and before it is acknowledged. Guest memory that goes away in
+			// its middle is a panic.
+			defer n.Dirty.Set(r.Off, r.Len)
+			return blk.Do(t, n.source, r)
 		}
 		if r.Op == blk.OpWrite {
 			return n.mirrorData(t, r)

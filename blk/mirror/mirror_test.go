@@ -156,6 +156,35 @@ func (e *extents) TryMap(_ blk.Op, off, l int64) (blk.Extent, bool) {
 	return blk.Extent{Len: l, Writable: true, Host: &e.host, HostOff: off, Log: e.log}, true
 }
 
+// faulting is an image into which a write gets half-way when guest memory goes away, which is a panic.
+type faulting struct{ blk.Node }
+
+func (f faulting) Do(t *blk.Task, r *blk.Request) error {
+	half := *r
+	half.Len /= 2
+	half.Data = r.Data.AppendSlice(nil, 0, half.Len)
+	if err := f.Node.Do(t, &half); err != nil {
+		return err
+	}
+	panic("fault in guest memory")
+}
+
+// A logged write that ends in a panic, which the queue survives, has changed the source all the same.
+func TestLoggedFault(t *testing.T) {
+	r := newRig(t)
+	n := newNode(faulting{r.mem[0]}, r.target, gran, func(error) {})
+	func() {
+		defer func() { _ = recover() }()
+		_ = blk.Do(blk.NewTask(), n, write(gran, bytes.Repeat([]byte{1}, 1024)))
+	}()
+	if r.mem[0].Bytes()[gran] != 1 {
+		t.Fatal("nothing was written")
+	}
+	if !n.Dirty.Any(gran, 1) {
+		t.Error("the block is not dirty")
+	}
+}
+
 func TestTryMap(t *testing.T) {
 	source := &extents{Memory: blktest.NewMemory(size)}
 	n := newNode(source, blktest.NewMemory(size), gran, func(error) {})

@@ -28,7 +28,8 @@ import (
 //     that work on the same block at once do not clear each other's bit;
 //   - a flush of the target that fails sets all of Dirty, since it may have lost anything. One that was going on when the
 //     process died has failed for all we know (unsure), and so has, after any other error of the target than that it is
-//     full, what the host writes to it in the background: the next process is not told.
+//     full, what the host writes to it in the background: the next process is not told;
+//   - before the filter goes the state is over (Over).
 type State struct {
 	// Dirty has a bit for each block in which source and target may differ, not counting what is in flight and what the
 	// bulk stage has not come to.
@@ -45,6 +46,7 @@ type State struct {
 const (
 	wordBulk   = iota // the bulk stage has passed what lies before, in bytes
 	wordUnsure        // flushes of the target that are going on, and its errors
+	wordOver          // not 0: what is written from now on is not logged
 	headWords  = 8
 )
 
@@ -76,6 +78,7 @@ func NewState(words []atomic.Uint64, size, granularity int64) *State {
 // The errors of OpenState: its words cannot be relied on.
 var (
 	errUnsure = errors.New("a flush of the target was going on, or something on it had failed")
+	errOver   = errors.New("it was over, and what was written then was not logged")
 	errBulk   = errors.New("what is known of it is damaged")
 )
 
@@ -84,6 +87,9 @@ func OpenState(words []atomic.Uint64, size, granularity int64) (*State, error) {
 	s := NewState(words, size, granularity)
 	if words[wordUnsure].Load() != 0 {
 		return nil, errUnsure
+	}
+	if words[wordOver].Load() != 0 {
+		return nil, errOver
 	}
 	if b := s.Bulk(); b < 0 || b >= size+granularity || b%granularity != 0 && b != size {
 		return nil, errBulk
@@ -168,6 +174,10 @@ func (s *State) Doubt(err error) {
 		s.words[wordUnsure].Add(1)
 	}
 }
+
+// Over says that the filter goes: what is written from now on is not logged, though the process may die long before
+// anyone has written down that the copy is over.
+func (s *State) Over() { s.words[wordOver].Store(1) }
 
 // Rest says that nothing is in flight.
 func (s *State) Rest() {

@@ -88,7 +88,8 @@ type Node struct {
 	syncs      blk.Syncer  // of the storage
 	dataSyncs  blk.Syncer  // of the data file
 	metaSeq    atomic.Int64
-	syncedSeq  atomic.Int64 // metadata writes up to this one are durable
+	syncedSeq  atomic.Int64          // metadata writes up to this one are durable
+	lost       atomic.Pointer[error] // see Lost
 
 	settling  blk.TaskLock
 	resizing  blk.TaskLock

@@ -435,6 +435,31 @@ func TestResizeDataFile(t *testing.T) {
 	}
 }
 
+// The backing image stays when parts of the tables may be lost that show what it showed: they are right in memory alone, also
+// when a later flush succeeds.
+func TestSetBackingAfterLoss(t *testing.T) {
+	storage := blktest.NewFault(blktest.NewMemory(0))
+	task := blk.NewTask()
+	if err := Create(task, storage, CreateOptions{Size: 1 << 20, BackingFile: "base", BackingFormat: "raw"}); err != nil {
+		t.Fatal(err)
+	}
+	n, err := Open(task, storage, Options{Name: "top", Backing: blktest.NewMemory(1 << 20)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	flush := &blk.Request{Op: blk.OpFlush}
+	trap := storage.Add(blktest.Rule{Ops: []blk.Op{blk.OpFlush}, Count: 1, Err: syscall.EIO})
+	if err := blk.Do(task, n, flush); err == nil || trap.Caught() != 1 {
+		t.Fatalf("the flush did not fail: %v", err)
+	}
+	if err := blk.Do(task, n, flush); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.SetBacking(task, nil, "", ""); err == nil || n.Header().BackingFile != "base" {
+		t.Errorf("the backing image is gone: %v", err)
+	}
+}
+
 func TestSetBacking(t *testing.T) {
 	base := blktest.NewMemory(1 << 20)
 	fillDisk(t, base, pattern(6, 1<<20))

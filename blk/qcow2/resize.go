@@ -227,6 +227,10 @@ func (n *Node) setBacking(t *blk.Task, node blk.Node, name, format string) error
 	if err := n.sync(t); err != nil {
 		return err
 	}
+	if err := n.Lost(); err != nil {
+		return fmt.Errorf("what is behind the image may be needed: an earlier flush has failed, and parts of its tables may be lost; "+
+			"it has to be closed and opened again first (%v)", err) //nolint:errorlint // room on the storage is no remedy
+	}
 	if err := n.writeHeader(t, func(h *Header) { h.BackingFile, h.BackingFormat = name, format }); err != nil {
 		return err
 	}

@@ -16,6 +16,7 @@ import (
 func (n *Node) syncStorage(t *blk.Task) error {
 	seq := n.metaSeq.Load()
 	if err := n.syncs.Sync(t, n.storage); err != nil {
+		n.lost.CompareAndSwap(nil, &err)
 		return err
 	}
 	for {
@@ -24,6 +25,16 @@ func (n *Node) syncStorage(t *blk.Task) error {
 			return nil
 		}
 	}
+}
+
+// Lost is the first error of a flush of the storage, if there has been one: metadata that was written since the flush before
+// it may be gone from the storage, and what memory says of it is not written again. Only who opens the image anew knows
+// what it holds.
+func (n *Node) Lost() error {
+	if err := n.lost.Load(); err != nil {
+		return *err
+	}
+	return nil
 }
 
 // syncData makes guest data durable that has been written.

@@ -179,11 +179,23 @@ func (b *backup) copyAndFlush(ctx context.Context) error {
 	err := b.copyAll(work)
 	if err == nil {
 		b.job.Update(func(r *job.Record) { r.Stage = job.StageFlush })
-		err = blk.Do(blk.NewTask(), b.Target, &blk.Request{Op: blk.OpFlush})
+		err = b.flush()
 	}
 	stop(nil)
 	watching.Wait()
 	return err
+}
+
+// flush makes the target durable. If one of its own flushes has failed before, while it was full perhaps, parts of its tables
+// may be lost for good, though it shows them.
+func (b *backup) flush() error {
+	if err := blk.Do(blk.NewTask(), b.Target, &blk.Request{Op: blk.OpFlush}); err != nil {
+		return err
+	}
+	if target, ok := b.Target.(interface{ Lost() error }); ok {
+		return target.Lost()
+	}
+	return nil
 }
 
 // left is what is still to be copied, in bytes.

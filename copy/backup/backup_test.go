@@ -516,3 +516,15 @@ func (h *hole) Do(_ *blk.Task, r *blk.Request) error {
 	}
 	return nil
 }
+
+// holey is a target with tables, parts of which are lost.
+type holey struct{ blk.Node }
+
+func (holey) Lost() error { return syscall.EIO }
+
+// A target that shows more than its storage holds is no backup.
+func TestTargetHasLostTables(t *testing.T) {
+	r := newRig(t)
+	r.setup.Target = holey{r.target}
+	r.failed(r.start(nil), job.StateFailed, syscall.EIO.Error())
+}

@@ -11,7 +11,8 @@
 //	switch  on command: with the guest paused and nothing dirty the target is flushed, the switch recorded, and the
 //	        guest goes on with the target only
 //
-// A target that fails sends the job back to the dirty stage: the guest's writes are logged again.
+// A target that fails sends the job back to the dirty stage: the guest's writes are logged again. If it has tables of its
+// own, and a flush of these fails, the job ends.
 package blockcopy
 
 import (
@@ -50,6 +51,9 @@ type Setup struct {
 	// Commit records durably that the disk is on the target. The guest is paused meanwhile. After an error the disk
 	// stays on the source.
 	Commit func() error
+	// Settle is called after an error of Commit, again and again until it returns nil: nobody can doubt then that the disk is
+	// on the source. Up to that guest writes go to both images, and the job does not end. nil: there is no doubt.
+	Settle func() error
 	// Hint tells the user what to do after the switch, Left before it what the target will not have. Left may be empty.
 	Hint, Left string
 }
@@ -73,6 +77,9 @@ type copier struct {
 	targetErr chan error // from a queue's thread: the target could not take a mirrored write
 	asked     bool       // for a switch that is still to come
 
+	settleMu  sync.Mutex // held over Settle
+	unsettled error      // of Settle: the next daemon may find the disk on the target
+
 	progress progress
 }
 
@@ -90,6 +97,7 @@ func Run(ctx context.Context, j *job.Job, s Setup) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { c.report(watch) })
 	wg.Go(func() { c.filter.State.Settle(watch, c.Graph.Barrier) })
+	wg.Go(func() { c.keepSettling(watch) })
 	err := c.stages(ctx)
 	stop()
 	wg.Wait()
@@ -130,18 +138,20 @@ func (c *copier) insert(ctx context.Context) error {
 // remove takes the filter away, or at least the target from it; the guest stays on the source. If the copy was complete
 // the target is left as it was at that instant.
 func (c *copier) remove(ctx context.Context) error {
+	c.waitSettled()
 	stays := c.State != nil && job.Stopping(ctx)
 	var flushErr error
 	err := c.Graph.Change(context.WithoutCancel(ctx), func(tx *blk.Tx) error {
 		consistent := c.job.Record().TargetConsistent && c.filter.Mirroring() && c.filter.Dirty.Count() == 0
 		if consistent {
 			flushErr = c.filter.FlushTarget(blk.NewTask())
-			consistent = flushErr == nil
+			consistent = flushErr == nil && c.whole() == nil
 		}
 		if stays {
 			c.filter.To(nil, nil)
 			c.filter.State.Rest()
 		} else {
+			c.filter.State.Over()
 			tx.SetRoot(c.filter.Source())
 		}
 		c.job.Update(func(r *job.Record) {
@@ -160,6 +170,54 @@ func (c *copier) remove(ctx context.Context) error {
 	return errors.Join(flushErr, c.release(c.Target))
 }
 
+// settleEvery is how often it is tried to record that a disk is still on the source. Tests change it.
+var settleEvery = time.Second
+
+// settle follows a Commit that failed.
+func (c *copier) settle() error {
+	if c.Settle == nil {
+		return nil
+	}
+	c.settleMu.Lock()
+	defer c.settleMu.Unlock()
+	c.unsettled = c.Settle()
+	return c.unsettled
+}
+
+func (c *copier) inDoubt() error {
+	c.settleMu.Lock()
+	defer c.settleMu.Unlock()
+	return c.unsettled
+}
+
+// keepSettling removes a doubt as soon as it can be, until ctx ends: should the target fail meanwhile, only the source has
+// what the guest writes.
+func (c *copier) keepSettling(ctx context.Context) {
+	tick := time.NewTicker(settleEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		if c.inDoubt() != nil {
+			c.settle() //nolint:errcheck // it is kept
+		}
+	}
+}
+
+// waitSettled waits until there is no doubt that the disk is on the source, whatever else is to be done. A daemon that stops
+// or dies meanwhile leaves two images that are the same.
+func (c *copier) waitSettled() {
+	for err := c.inDoubt(); err != nil; err = c.settle() {
+		c.job.Update(func(r *job.Record) {
+			r.Message = fmt.Sprintf("cannot end before it is recorded that the disk is on %s: %v", r.Source, err)
+		})
+		time.Sleep(settleEvery)
+	}
+}
+
 func (c *copier) release(n blk.Node) error {
 	if c.Release != nil {
 		return c.Release(n)
@@ -176,6 +234,9 @@ func (c *copier) stages(ctx context.Context) error {
 		err := c.converge(ctx)
 		if err == nil {
 			err = c.verify(ctx)
+		}
+		if err == nil {
+			err = c.whole()
 		}
 		if err == nil {
 			err = c.ready(ctx)
@@ -212,9 +273,25 @@ func (c *copier) lost() error {
 	}
 }
 
+// whole fails if a flush within the target has failed that may have lost tables of it. They are in memory and look right, also
+// to a comparison, and what is copied again goes where they say without their being written again.
+func (c *copier) whole() error {
+	target, ok := c.Target.(interface{ Lost() error })
+	if !ok || target.Lost() == nil {
+		return nil
+	}
+	err := fmt.Errorf("%s could not be flushed, which may have lost parts of its tables: copy anew (%v)",
+		c.Target.Info().Name, target.Lost()) //nolint:errorlint // room on the storage is no remedy
+	c.filter.State.Doubt(err)
+	return err
+}
+
 // onError does what the user asked for: nil means go on, perhaps after a pause.
 func (c *copier) onError(ctx context.Context, policy string, err error) error {
 	c.job.Update(func(r *job.Record) { r.TargetConsistent = false })
+	if err := c.whole(); err != nil {
+		return err
+	}
 	if policy == job.OnErrorStop || policy == job.OnErrorEnospc && blk.IsNoSpace(err) {
 		c.job.PauseFor(err)
 		gate := c.job.Gate(ctx)
@@ -482,12 +559,16 @@ func (c *copier) switchOver(ctx context.Context) error {
 		if err := flush(); err != nil {
 			return err
 		}
+		if err := c.whole(); err != nil {
+			return &targetLost{err}
+		}
 		if ctx.Err() != nil { // cancelled while the guest was brought to rest
 			return context.Cause(ctx)
 		}
 		if err := c.Commit(); err != nil {
-			return err
+			return errors.Join(err, c.settle())
 		}
+		c.filter.State.Over()
 		source = c.filter.Source()
 		tx.SetRoot(c.Target)
 		return nil
@@ -497,9 +578,8 @@ func (c *copier) switchOver(ctx context.Context) error {
 	}
 	c.job.Update(func(r *job.Record) { r.Message, r.Error = c.Hint, "" })
 	if err := c.release(source); err != nil {
-		c.job.Update(func(r *job.Record) {
-			r.Error = fmt.Sprintf("the guest is on %s; closing %s: %v", r.Target, r.Source, err)
-		})
+		// Not an error of the job, which whoever asked for the switch would take for its failure.
+		c.job.Update(func(r *job.Record) { r.Message += fmt.Sprintf("; closing %s: %v", r.Source, err) })
 	}
 	return nil
 }

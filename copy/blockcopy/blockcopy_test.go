@@ -174,6 +174,27 @@ func TestCloses(t *testing.T) {
 	}
 }
 
+// A source that cannot be closed in order is told of, and the switch has happened all the same.
+func TestCloseSourceFails(t *testing.T) {
+	r, _, target, _ := memRig(t, pattern(1, size))
+	r.setup.Release = func(blk.Node) error { return syscall.EIO }
+	j := r.start(auto)
+	for failed := false; ; {
+		changed := j.Changed()
+		if rec := j.Record(); rec.Error != "" && !failed {
+			failed = true
+			t.Errorf("whoever waits for the switch is told that it failed: %s", rec.Error)
+		} else if job.Ended(rec.State) {
+			break
+		}
+		<-changed
+	}
+	if rec := j.Record(); rec.State != job.StateCompleted || !strings.Contains(rec.Message, syscall.EIO.Error()) || !strings.Contains(rec.Message, r.setup.Hint) {
+		t.Errorf("the job is %+v", rec)
+	}
+	r.stays(target)
+}
+
 // mapped calls a function before each look at how the source is stored.
 type mapped struct {
 	blk.Node

@@ -3,6 +3,7 @@
 package blockcopy_test
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/blkstream/blkstream/blk"
 	"github.com/blkstream/blkstream/blk/blktest"
+	"github.com/blkstream/blkstream/copy/blockcopy"
 	"github.com/blkstream/blkstream/copy/job"
 )
 
@@ -246,6 +248,92 @@ func TestCommitFails(t *testing.T) {
 	r.equal("both", mem[1].Bytes(), mem[0].Bytes())
 	fail.Store(false)
 	r.over(j)
+}
+
+// Rule 7: as long as it is not known which image the next daemon finds the disk on, both have every write, the job does not
+// end, and nothing but the record is waited for.
+func TestCommitUnsure(t *testing.T) {
+	was := blockcopy.SetSettleEvery(time.Millisecond)
+	t.Cleanup(func() { blockcopy.SetSettleEvery(was) })
+	for _, c := range []string{"cancelled", "auto", "again", "settled", "target fails"} {
+		r, source, target, mem := memRig(t, pattern(1, size))
+		var broken, tried atomic.Int64
+		broken.Store(1)
+		commit := r.setup.Commit
+		r.setup.Commit = func() error {
+			if broken.Load() > 0 {
+				return errCommit
+			}
+			return commit()
+		}
+		r.setup.Settle = func() error {
+			tried.Add(1)
+			if broken.Load() > 0 {
+				return errCommit
+			}
+			return nil
+		}
+		again := func() {
+			t.Helper()
+			n := tried.Load()
+			r.eventually("another try", func() bool { return tried.Load() > n+1 })
+		}
+		set := func(*job.Record) {}
+		if c == "auto" {
+			set = auto
+		}
+		j := r.start(set)
+		if c != "auto" {
+			r.state(j, job.StateReady)
+			if err := j.AskSwitch(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		again()
+		ended := make(chan error, 1)
+		switch c {
+		case "cancelled":
+			go func() { ended <- j.Cancel(context.Background()) }()
+			r.until(j, "the reason", func(rec job.Record) bool { return strings.Contains(rec.Message, "cannot end") })
+		case "target fails":
+			r.trap(target, blktest.Rule{Ops: []blk.Op{blk.OpWrite}, Err: syscall.ENOSPC})
+			r.guest(write(0, fill(512, 1)))
+			r.state(j, job.StatePaused)
+		}
+		again()
+		if job.Ended(j.Record().State) {
+			t.Fatalf("%s: the job has ended: %+v", c, j.Record())
+		}
+		r.guest(write(gran, fill(512, 2)))
+		if c != "target fails" {
+			r.equal(c, mem[1].Bytes(), mem[0].Bytes())
+		}
+		broken.Store(0)
+		switch c {
+		case "cancelled":
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+			r.stays(source)
+		case "auto":
+			r.state(j, job.StateFailed)
+			r.stays(source)
+		case "again":
+			r.over(j)
+			r.stays(target)
+		default:
+			n := tried.Load()
+			r.eventually("the end of the doubt", func() bool {
+				time.Sleep(10 * time.Millisecond)
+				m := tried.Load()
+				defer func() { n = m }()
+				return m == n
+			})
+			if err := j.Cancel(context.Background()); err != nil {
+				t.Error(err)
+			}
+		}
+	}
 }
 
 func TestAutoCommitFails(t *testing.T) {

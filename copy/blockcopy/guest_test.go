@@ -255,6 +255,16 @@ func onTarget(policy string) func(*job.Record) {
 	return func(rec *job.Record) { rec.OnTargetError, rec.OnSourceError = policy, policy }
 }
 
+// eventually waits for something else than the job.
+func (r *rig) eventually(what string, ok func() bool) {
+	r.Helper()
+	for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			r.Fatalf("waited for %s", what)
+		}
+	}
+}
+
 // until waits for the job to be as wanted.
 func (r *rig) until(j *job.Job, what string, ok func(job.Record) bool) job.Record {
 	r.Helper()

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -149,6 +150,30 @@ func TestStoreFails(t *testing.T) {
 	var got string
 	if _, err := s.Load("kind", "x", &got); err != nil || got != "old" {
 		t.Errorf("loaded %q %v", got, err)
+	}
+}
+
+// A record of which it is not known whether it was replaced is told from one that was not.
+func TestStoreUnsure(t *testing.T) {
+	s, err := OpenStore(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Save("k", "a", 1); err != nil {
+		t.Fatal(err)
+	}
+	was := syncDir
+	syncDir = func(string) error { return syscall.EIO }
+	err = s.Save("k", "a", 2)
+	syncDir = was
+	if !errors.Is(err, ErrUnsure) || !errors.Is(err, syscall.EIO) {
+		t.Errorf("a folder that cannot be made durable: %v", err)
+	}
+	if err := os.Mkdir(s.Path("k", "a")+".new", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Save("k", "a", 3); err == nil || errors.Is(err, ErrUnsure) {
+		t.Errorf("a record that cannot be written: %v", err)
 	}
 }
 

@@ -58,10 +58,17 @@ func (s *Store) Save(kind, id string, v any) error {
 		return fmt.Errorf("state directory: %w", err)
 	}
 	if err := os.Rename(tmp, path); err != nil {
-		return fmt.Errorf("state directory: %w", err)
+		return fmt.Errorf("state directory: %w: %w", ErrUnsure, err)
 	}
-	return syncDir(dir)
+	if err := syncDir(dir); err != nil {
+		return fmt.Errorf("%w: %w", err, ErrUnsure)
+	}
+	return nil
 }
+
+// ErrUnsure is the kind of an error of Save that may have left the new record, for now or for good. Otherwise the old one is
+// there.
+var ErrUnsure = errors.New("it is not known whether the record was replaced")
 
 func writeSynced(path string, b []byte) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
@@ -75,7 +82,8 @@ func writeSynced(path string, b []byte) error {
 	return errors.Join(err, f.Close())
 }
 
-func syncDir(dir string) error {
+// syncDir makes a folder's entries durable. Tests change it.
+var syncDir = func(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return fmt.Errorf("state directory: %w", err)

@@ -316,24 +316,31 @@ func TestAddCowBitmapName(t *testing.T) {
 	b.stop(d)
 }
 
+// loop makes a block device of a file.
+func (b *bed) loop(path string) string {
+	b.Helper()
+	out, err := exec.Command("losetup", "-f", "--show", path).Output()
+	if errors.Is(err, exec.ErrNotFound) && os.Getenv("CI") != "" {
+		b.Fatal(err)
+	}
+	if err != nil {
+		b.Skipf("no loop devices here: %v", err)
+	}
+	device := strings.TrimSpace(string(out))
+	b.Cleanup(func() { b.must(exec.Command("losetup", "-d", device).Run()) })
+	return device
+}
+
 // A block device is the target, with an older disk on it. Its bitmap is in the state directory.
 func TestCopyByStreamToDevice(t *testing.T) {
 	b := newBed(t)
 	data := b.holey()
-	out, err := exec.Command("losetup", "-f", "--show", b.stale("backing", diskSize)).Output()
-	if errors.Is(err, exec.ErrNotFound) && os.Getenv("CI") != "" {
-		t.Fatal(err)
-	}
-	if err != nil {
-		t.Skipf("no loop devices here: %v", err)
-	}
-	device := strings.TrimSpace(string(out))
-	t.Cleanup(func() { b.must(exec.Command("losetup", "-d", device).Run()) })
+	device := b.loop(b.stale("backing", diskSize))
 	f := b.load("", b.disk("a", b.path("base.raw")))
 	d, c := b.start(f)
 	r := toAddCow(device)
 	r.Existing, r.Speed = false, 1<<20
-	_, err = c.Copy(b.Context(), r)
+	_, err := c.Copy(b.Context(), r)
 	b.must(err)
 	if !exists(b.path("state/add-cow/j.add-cow")) {
 		t.Error("the bitmap is not in the state directory")

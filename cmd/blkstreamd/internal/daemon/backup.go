@@ -112,7 +112,7 @@ func (d *Daemon) backupRecord(req *control.BackupRequest) (*disk, job.Record, er
 func (d *Daemon) behindNone(target string) error {
 	for _, k := range d.list() {
 		for _, m := range k.image().Chain {
-			if sameFile(m.Path, target) || m.DataFile != "" && sameFile(m.DataFile, target) {
+			if overlaps(m.Path, target) || m.DataFile != "" && overlaps(m.DataFile, target) {
 				return control.Errorf(control.ErrPrecondition, "disk %q reads from %s", k.spec.ID, target)
 			}
 		}

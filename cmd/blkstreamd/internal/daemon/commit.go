@@ -234,6 +234,7 @@ func (w *merge) runActive(ctx context.Context, base int) error {
 	s := blockcopy.Setup{
 		Graph: w.k.graph, Target: w.m.Base(), Blank: true, Base: uint16(base), Hint: committed(w.merged, r.Target, hint),
 		Commit: func() error { return w.k.moveTo(r.Target, r.Format) },
+		Settle: w.k.settle,
 		Release: func(n blk.Node) error {
 			if n == w.m.Base() {
 				return w.remove(ctx)

@@ -157,26 +157,16 @@ func unfit(req *control.CopyRequest, r job.Record) string {
 // unused refuses a target that is a disk's image or another job's target.
 func (d *Daemon) unused(target string) error {
 	for _, k := range d.list() {
-		if sameFile(k.record().Image, target) || k.isOn(target) {
+		if overlaps(k.record().Image, target) || k.isOn(target) {
 			return control.Errorf(control.ErrPrecondition, "%s is the image of disk %q", target, k.spec.ID)
 		}
 	}
 	for _, j := range d.jobs.List() {
-		if r := j.Record(); !job.Ended(r.State) && sameFile(r.Target, target) {
+		if r := j.Record(); !job.Ended(r.State) && overlaps(r.Target, target) {
 			return control.Errorf(control.ErrPrecondition, "job %s writes to %s already", r.ID, target)
 		}
 	}
 	return nil
-}
-
-// sameFile reports whether two paths name one file, by whatever links.
-func sameFile(a, b string) bool {
-	if a == b {
-		return true
-	}
-	sa, errA := os.Stat(a)
-	sb, errB := os.Stat(b)
-	return errA == nil && errB == nil && os.SameFile(sa, sb)
 }
 
 // copy starts a block copy.
@@ -264,6 +254,7 @@ func (d *Daemon) startCopy(k *disk, r job.Record, blank, pack bool) (*job.Job, e
 		Target: target.Root,
 		Blank:  blank,
 		Commit: func() error { return k.moveTo(r.Target, r.Format) },
+		Settle: k.settle,
 		Hint:   k.hint(r.Target, r.Format),
 	}
 	if err := checkTarget(k, source, target, r, &s); err != nil {
@@ -320,7 +311,7 @@ func checkTarget(k *disk, source, target *image.Image, r job.Record, s *blockcop
 		return control.Errorf(control.ErrInvalid, "%s has %d bytes, which is not a multiple of the disk's block_size %d", r.Target, have, k.spec.BlockSize)
 	}
 	for _, m := range target.Chain {
-		if sameFile(m.Path, source.Chain[0].Path) {
+		if overlaps(m.Path, source.Chain[0].Path) {
 			return control.Errorf(control.ErrInvalid, "%s lies over %s, the image of disk %q, which would change under it", r.Target, m.Path, k.spec.ID)
 		}
 	}

@@ -27,6 +27,7 @@ import (
 	"github.com/blkstream/blkstream/blk/raw"
 	"github.com/blkstream/blkstream/config"
 	"github.com/blkstream/blkstream/copy/control"
+	"github.com/blkstream/blkstream/copy/job"
 	"github.com/blkstream/blkstream/vhostuser"
 	"github.com/blkstream/blkstream/vhostuser/vblk"
 )
@@ -75,9 +76,10 @@ type disk struct {
 	copying  *copyState // of the block copy that runs; nil: it will not go on after the daemon's end
 	notGoing error      // why that of an earlier daemon does not
 
-	mu  sync.Mutex
-	rec record
-	img *image.Image // what the guest is on
+	mu     sync.Mutex
+	rec    record
+	unsure bool         // the state directory may say something else
+	img    *image.Image // what the guest is on
 }
 
 func (d *Daemon) ctx() context.Context { return context.Background() }
@@ -342,6 +344,9 @@ func (d *Daemon) startDisk(spec config.Disk, r record) (*disk, error) {
 			root, k.copying, k.notGoing = k.over(img), nil, err
 		}
 	}
+	if resumes && k.copying == nil {
+		d.neverGoesOn(unfinished.ID)
+	}
 	if err := k.graph.Change(context.Background(), func(tx *blk.Tx) error { tx.SetRoot(root); return nil }); err != nil {
 		return nil, errors.Join(err, img.Close())
 	}
@@ -483,8 +488,7 @@ func (k *disk) drain() error {
 	files := k.bitmaps.files()
 	err = errors.Join(err, k.bitmaps.sync(), k.closeImage())
 	if k.copying != nil {
-		k.copying.stamp() // after the last change of the image's files
-		err = errors.Join(err, k.copying.unmap())
+		err = errors.Join(err, k.copying.rest())
 	}
 	return errors.Join(err, k.bitmaps.stopped(files))
 }
@@ -534,10 +538,27 @@ func (k *disk) moveTo(image, format string) error {
 // saveLocked replaces the record. If the journal fails half-way the old one is written again, so that there is no doubt.
 func (k *disk) saveLocked(r record) error {
 	if err := k.d.store.Save(recordKind, k.spec.ID, &r); err != nil {
-		return errors.Join(err, k.d.store.Save(recordKind, k.spec.ID, &k.rec))
+		k.unsure = k.unsure || errors.Is(err, job.ErrUnsure)
+		return errors.Join(err, k.settleLocked())
 	}
-	k.rec = r
+	k.rec, k.unsure = r, false
 	return nil
+}
+
+// settle sees to it that the record says where the disk is, if that is in doubt.
+func (k *disk) settle() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.settleLocked()
+}
+
+func (k *disk) settleLocked() error {
+	if !k.unsure {
+		return nil
+	}
+	err := k.d.store.Save(recordKind, k.spec.ID, &k.rec)
+	k.unsure = err != nil
+	return err
 }
 
 // keepCache records whether the guest wants a write cache.

@@ -85,6 +85,7 @@ type copyState struct {
 	mem   []byte
 	words []atomic.Uint64
 	state *mirror.State
+	used  bool // by a job of this daemon
 }
 
 func (d *Daemon) copyPath(id string) string { return copyPath(d.file.Daemon.StateDir, id) }
@@ -276,6 +277,15 @@ func (s *copyState) keepStamped(ctx context.Context) {
 	}
 }
 
+// rest leaves the state to the next daemon, after the last change of the images' files. If no job has come to it, as in a
+// start that failed, what somebody else has done to the target must stay younger than the stamp.
+func (s *copyState) rest() error {
+	if s.used || s.untouched(s.rec.Target) == nil {
+		s.stamp()
+	}
+	return s.unmap()
+}
+
 // untouched says whether nobody has written to the files since the daemon died. Of block devices that is not known.
 func (s *copyState) untouched(files []copyFile) error {
 	stamp := time.Unix(0, int64(s.words[wordStamp].Load()))
@@ -333,6 +343,14 @@ func bootID() (string, error) {
 	return strings.TrimSpace(string(b)), err
 }
 
+// neverGoesOn removes the state of a copy that begins again, before the guest writes and nobody logs it: what was in the
+// way may be gone when the next daemon looks.
+func (d *Daemon) neverGoesOn(id string) {
+	if err := os.Remove(d.copyPath(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		d.opts.Log.Warn("a copy leaves something behind", "job", id, "err", err)
+	}
+}
+
 // unfinished is the block copy of the disk that an earlier daemon did not finish.
 func (k *disk) unfinished() (job.Record, bool) {
 	i := slices.IndexFunc(k.d.unfinished, func(r job.Record) bool {
@@ -354,6 +372,7 @@ func (k *disk) outlive(ctx context.Context, j *job.Job, begin func() (*copyState
 			return run(nil)
 		}
 	}
+	k.copying.used = true
 	alive, end := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() { k.copying.keepStamped(alive) })
@@ -378,6 +397,7 @@ func (k *disk) dropCopyState(id string) error {
 	k.copying = nil
 	if k.logged() != nil {
 		err := k.graph.Change(context.Background(), func(tx *blk.Tx) error {
+			s.state.Over()
 			tx.SetRoot(k.over(k.image()))
 			return nil
 		})

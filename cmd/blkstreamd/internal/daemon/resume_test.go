@@ -530,6 +530,81 @@ func TestCopyBeginsAgainTwice(t *testing.T) {
 	}
 }
 
+// A start that fails for the sake of another disk does not make its own what somebody has done to the target before it.
+func TestCopyTargetTouchedBeforeFailedStart(t *testing.T) {
+	b := newBed(t)
+	b.slack(time.Second)
+	source, target, other := b.full("source"), b.path("target"), b.image("other")
+	f := b.load("", b.disk("disk0", source), b.disk("disk1", other))
+	d, c := b.start(f)
+	_, err := c.Copy(t.Context(), &control.CopyRequest{Id: "j", Disk: "disk0", Target: target})
+	b.must(err)
+	b.wait(c, "j", job.StateReady)
+	b.stop(d)
+	time.Sleep(2 * stampSlack)
+	b.spoil(target, image.Raw, []int64{diskSize - copyBlock})
+	b.must(os.Rename(other, other+".away"))
+	b.refused(f, "other")
+	b.must(os.Rename(other+".away", other))
+	d, c = b.start(f)
+	b.resumeAndSwitch(c)
+	b.stop(d)
+	if bad := b.differ(source, image.Raw, target, image.Raw); len(bad) > 0 {
+		t.Errorf("the images differ in %v", bad)
+	}
+}
+
+// What one daemon has not relied on the next one does not either, though the reason has gone and the guest has written
+// meanwhile.
+func TestCopyThatDoesNotGoOnNeverDoes(t *testing.T) {
+	b := newBed(t)
+	b.slack(time.Hour)
+	source, target, other := b.full("source"), b.path("target"), b.image("other")
+	f := b.load("", b.disk("disk0", source), b.disk("disk1", other))
+	d, c := b.start(f)
+	_, err := c.Copy(t.Context(), &control.CopyRequest{Id: "j", Disk: "disk0", Target: target})
+	b.must(err)
+	b.wait(c, "j", job.StateReady)
+	b.stop(d)
+	b.must(os.Chmod(b.bits(), 0o622))
+	b.must(os.Rename(other, other+".away"))
+	b.refused(f, "other")
+	b.must(os.Rename(other+".away", other))
+	if exists(b.bits()) {
+		b.must(os.Chmod(b.bits(), 0o600))
+	}
+	b.spoil(source, image.Raw, []int64{copyBlock}) // as the guest of the daemon that failed
+	d, c = b.start(f)
+	b.resumeAndSwitch(c)
+	b.stop(d)
+	if bad := b.differ(source, image.Raw, target, image.Raw); len(bad) > 0 {
+		t.Errorf("the images differ in %v", bad)
+	}
+}
+
+// A start that fails for the sake of another disk loses nothing of what was copied.
+func TestCopyGoesOnAfterFailedStart(t *testing.T) {
+	b := newBed(t)
+	b.slack(time.Second)
+	source, target, other := b.full("source"), b.path("target"), b.image("other")
+	f := b.load("", b.disk("disk0", source), b.disk("disk1", other))
+	d, c := b.start(f)
+	_, err := c.Copy(t.Context(), &control.CopyRequest{Id: "j", Disk: "disk0", Target: target})
+	b.must(err)
+	b.wait(c, "j", job.StateReady)
+	b.stop(d)
+	b.must(os.Rename(other, other+".away"))
+	time.Sleep(2 * stampSlack)
+	b.refused(f, "other")
+	b.must(os.Rename(other+".away", other))
+	d, c = b.start(f)
+	if j := b.wait(c, "j", job.StateReady); !strings.Contains(b.log.String(), "copy started") || j.BytesDone != diskSize || strings.Contains(b.log.String(), "begins again") {
+		t.Errorf("after two starts: %v\n%s", j, b.log.String())
+	}
+	b.resumeAndSwitch(c)
+	b.stop(d)
+}
+
 // mount makes a small tmpfs at dir, which only root can.
 func (b *bed) mount(dir, size string) {
 	b.Helper()

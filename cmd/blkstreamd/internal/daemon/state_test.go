@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -85,4 +86,48 @@ func TestNothingLeaks(t *testing.T) {
 		return f < fds+10 && g < goroutines+10
 	})
 	b.stop(d)
+}
+
+// While the state directory may name the target, though the switch has failed and the old record cannot be written again, the
+// job does not end: what the guest writes goes to both images, whichever of them the next daemon takes.
+func TestSwitchUnsure(t *testing.T) {
+	b := newBed(t)
+	source, target := b.full("source"), b.path("target")
+	d, c := b.start(b.load("", b.disk("disk0", source)))
+	_, err := c.Copy(t.Context(), &control.CopyRequest{Id: "j", Disk: "disk0", Target: target})
+	b.must(err)
+	b.wait(c, "j", job.StateReady)
+	k, err := d.find("disk0")
+	b.must(err)
+	k.mu.Lock()
+	k.unsure = true // as after a folder's fsync that failed
+	k.mu.Unlock()
+	disks := b.path("state/disks")
+	b.must(os.Rename(disks, disks+".away"))
+	b.must(os.WriteFile(disks, nil, 0o600))
+	_, err = c.Switch(t.Context(), &control.SwitchRequest{Target: "j"})
+	if err == nil {
+		t.Fatal("the switch did not fail")
+	}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := c.JobCancel(t.Context(), &control.JobCancelRequest{Id: "j"})
+		ended <- err
+	}()
+	b.eventually("the reason", func() bool { return strings.Contains(b.job(c).Message, "cannot end") })
+	b.write("disk0", 5)
+	for _, path := range []string{source, target} {
+		if got, err := os.ReadFile(path); err != nil || got[8192] != 5 {
+			b.Errorf("%s does not have the guest's write: %v", path, err)
+		}
+	}
+	b.must(os.Remove(disks))
+	b.must(os.Rename(disks+".away", disks))
+	b.must(<-ended)
+	if r := b.record("disk0"); r.Image != source {
+		t.Errorf("the record names %s", r.Image)
+	}
+	b.write("disk0", 6)
+	b.stop(d)
+	b.imageHolds(source, image.Raw, 6)
 }

@@ -47,6 +47,42 @@ func TestTargetOfPartBlocks(t *testing.T) {
 	b.stop(d)
 }
 
+// A disk is not copied onto itself, whatever the target is called. As a device its image has no locks that anyone sees.
+func TestCopyOntoItself(t *testing.T) {
+	b := newBed(t)
+	source := b.full("source")
+	hard, soft, node, bound := b.path("hard"), b.path("soft"), b.path("node"), b.path("bound")
+	b.must(os.Link(source, hard))
+	b.must(os.Symlink(source, soft))
+	b.must(os.WriteFile(bound, nil, 0o600))
+	if err := unix.Mount(source, bound, "", unix.MS_BIND, ""); err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatalf("bind mount: %v", err)
+		}
+		t.Skipf("nothing can be mounted here: %v", err)
+	}
+	t.Cleanup(func() { b.must(unix.Unmount(bound, unix.MNT_DETACH)) })
+	loop := b.loop(source)
+	var st unix.Stat_t
+	b.must(unix.Stat(loop, &st))
+	b.must(unix.Mknod(node, unix.S_IFBLK|0o600, int(st.Rdev)))
+	f, err := os.Open(source)
+	b.must(err)
+	defer f.Close()
+	names := []string{source, hard, soft, bound, loop, node, fmt.Sprintf("/proc/self/fd/%d", f.Fd())}
+	for _, on := range []string{source, loop} {
+		d, c := b.start(b.load("", b.disk("disk0", on)))
+		for _, target := range names {
+			if target == node && on == source {
+				continue // where there are no devices, it cannot be asked what it lies on, nor be used
+			}
+			_, err := c.Copy(t.Context(), &control.CopyRequest{Disk: "disk0", Target: target, Format: image.Raw, Existing: true})
+			b.wants(err, control.ErrPrecondition, target, "disk0")
+		}
+		b.stop(d)
+	}
+}
+
 // What the source's images hold besides the disk is named before the switch and after it.
 func TestCopySaysWhatItLeaves(t *testing.T) {
 	if _, err := exec.LookPath("qemu-img"); err != nil {
