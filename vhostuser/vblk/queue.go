@@ -175,17 +175,19 @@ func (q *queue) give(r *request, written uint32) {
 	}
 }
 
-// Publish implements loop.Driver. When nothing is in flight any more it tells those who wait for that; what has
-// completed is published first, since a pause is also the moment at which a ring's state is read.
+// Publish implements loop.Driver. When nothing is in flight any more it tells those who wait for that. What has completed
+// is published, and the driver signalled, before: a pause is also the moment at which the states of rings and interrupts
+// are read.
 func (q *queue) Publish() bool {
-	call := q.publish()
-	if q.taken == 0 && len(q.rest) > 0 {
-		for _, c := range q.rest {
-			close(c)
-		}
-		q.rest = nil
+	if q.taken > 0 || len(q.rest) == 0 {
+		return q.publish()
 	}
-	return call
+	q.publishNow()
+	for _, c := range q.rest {
+		close(c)
+	}
+	q.rest = nil
+	return false
 }
 
 // publish reports whether the driver is to be called.

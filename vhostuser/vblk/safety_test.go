@@ -727,6 +727,52 @@ func TestStopWhilePaused(t *testing.T) {
 	}
 }
 
+// Whoever waits for a queue to rest is told after the driver was signalled: a monitor that has paused its guest takes the
+// state of the interrupts next, and what comes later is lost with a snapshot.
+func TestRestAfterCall(t *testing.T) {
+	g := newRig(t)
+	call, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(call)
+	g.r.Call = call
+	vq, err := New(blk.NewGraph(blktest.NewMemory(1<<20)), 1<<20, defaults(Options{})).Start(g.r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := vq.(sessionQueue).queue
+	for i := range 3 {
+		vq.Pause()
+		g.drv.EnableInterrupts()
+		copy(g.buf, le64(typeGetID))
+		if _, err := g.drv.AddChain([]virtq.Buf{{GPA: bufGPA, Len: 16}}, []virtq.Buf{{GPA: bufGPA + 1024, Len: 21}}, false); err != nil {
+			t.Fatal(err)
+		}
+		g.drv.Publish()
+		// The turn in which the last request ends.
+		q.do(func() {
+			q.take().begin()
+			rest := make(chan struct{})
+			q.rest = append(q.rest, rest)
+			late := q.Publish()
+			select {
+			case <-rest:
+				if late || !waitFD(call, 0) {
+					t.Errorf("request %d: the queue said that it rests before it signalled", i)
+				}
+			default:
+				t.Errorf("request %d: the queue does not rest", i)
+			}
+		})
+		g.wait(t)
+		vq.Resume()
+	}
+	if _, err := vq.Stop(); err != nil {
+		t.Error(err)
+	}
+}
+
 // do tells whether its function ran, also if the loop ends right after it.
 func TestDoAtTheEnd(t *testing.T) {
 	d := New(blk.NewGraph(blktest.NewMemory(1<<20)), 1<<20, defaults(Options{}))
