@@ -617,6 +617,50 @@ func TestChangeTimeout(t *testing.T) {
 	}
 }
 
+// A loop that hangs is as bad as a request that does, for the disk itself. Others that are changed with it go on.
+func TestChangeHung(t *testing.T) {
+	hung, other := serve(t, blktest.NewMemory(1<<20), Options{}), serve(t, blktest.NewMemory(1<<20), Options{})
+	d, o := hung.dial(t, frontend.Options{}), other.dial(t, frontend.Options{})
+	release := make(chan struct{})
+	hung.dev.mu.Lock()
+	for q := range hung.dev.queues {
+		q.loop.Post(func() { <-release })
+	}
+	hung.dev.mu.Unlock()
+	over := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		defer cancel()
+		over <- blk.ChangeAll(ctx, []*blk.Graph{hung.graph, other.graph}, func([]*blk.Tx) error {
+			t.Error("changed under a queue that does not rest")
+			return nil
+		})
+	}()
+	select {
+	case err := <-over:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("change: %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the change waits for ever")
+	}
+	if !t.Failed() {
+		if err := o.Flush(); err != nil {
+			t.Errorf("the other disk: %v", err)
+		}
+	}
+	close(release)
+	if err := d.Flush(); err != nil {
+		t.Errorf("afterwards: %v", err)
+	}
+	if err := hung.graph.Change(t.Context(), func(*blk.Tx) error { return nil }); err != nil {
+		t.Errorf("change: %v", err)
+	}
+	if err := d.Flush(); err != nil {
+		t.Errorf("after the change: %v", err)
+	}
+}
+
 // rig is a ring in memory of its own, for queues without a session.
 type rig struct {
 	mem *virtq.Memory
