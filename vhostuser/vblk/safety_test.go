@@ -926,6 +926,43 @@ func TestFullCall(t *testing.T) {
 	}
 }
 
+// A call descriptor that is replaced while the queue runs is signalled from then on, and the old one is not, whichever way
+// the signal takes.
+func TestReplacedCall(t *testing.T) {
+	for _, o := range []Options{{}, {PollMax: time.Hour}, {NoURing: true}} {
+		g := newRig(t)
+		vq, err := New(blk.NewGraph(blktest.NewMemory(1<<20)), 1<<20, defaults(o)).Start(g.r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		old := -1
+		for i := range 6 {
+			call, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK*(i&1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(call)
+			vq.SetCall(call)
+			for range 10 {
+				g.drv.EnableInterrupts()
+				g.flush(t, i)
+				vq.Kick()
+				if !waitFD(call, 5*time.Second) {
+					t.Fatal("the new descriptor was not signalled")
+				}
+				g.wait(t)
+			}
+			if old >= 0 && waitFD(old, 0) {
+				t.Error("the old descriptor was signalled")
+			}
+			old = call
+		}
+		if _, err := vq.Stop(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // A daemon that dies with requests in flight: the next one does each of them, once, in the order of the guest.
 func TestRecovery(t *testing.T) {
 	const size, requests = 1 << 20, 24
