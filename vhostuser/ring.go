@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"sync/atomic"
+
+	"github.com/blkstream/blkstream/virtq"
 )
 
 // A ring's life: the front-end sends its size, addresses, base and descriptors in any order. As soon as size, addresses
@@ -39,7 +41,8 @@ type ring struct {
 
 	kick, call, err int // -1: none
 
-	q                 Queue // nil: stopped; paused while the ring is not enabled
+	q                 Queue         // nil: stopped; paused while the ring is not enabled
+	mem               *virtq.Memory // what q has
 	desc, avail, used uint64
 }
 
@@ -102,7 +105,7 @@ func (s *session) startRing(r *ring) error {
 	if err != nil {
 		return fmt.Errorf("ring %d: start: %w", r.index, err)
 	}
-	r.q, r.desc, r.avail, r.used = q, desc, avail, used
+	r.q, r.mem, r.desc, r.avail, r.used = q, s.mem, desc, avail, used
 	s.log.Debug("ring started", "ring", r.index, "size", r.size, "base", cfg.Base, "resubmitted", len(cfg.Resubmit))
 	q.Kick()
 	if cfg.Inflight != nil {

@@ -224,13 +224,14 @@ func (s *session) eachRing(f func(*ring)) {
 }
 
 // abandon gives up r's queue, which has ended with requests in flight. What these may still touch stays mapped and open for
-// ever: otherwise they could write into whatever comes to its place.
+// ever: otherwise they could write into whatever comes to its place. That is the memory which the queue had, and not what
+// the front-end may be replacing it with. The ring goes on with duplicates of its descriptors.
 func (s *session) abandon(r *ring, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r.q = nil
-	r.kick, r.call, r.err = -1, -1, -1
-	for _, region := range s.mem.Regions() {
+	r.kick, r.call, r.err = dupFD(r.kick), dupFD(r.call), dupFD(r.err)
+	for _, region := range r.mem.Regions() {
 		s.lost[region] = struct{}{}
 	}
 	if s.inflight != nil {
@@ -445,6 +446,7 @@ func (s *session) setMemory(mem *virtq.Memory) error {
 			s.stopRing(r)
 			return
 		}
+		r.mem = mem
 		if running {
 			r.q.Resume()
 			r.q.Kick()

@@ -540,6 +540,68 @@ func TestUndrained(t *testing.T) {
 	}
 }
 
+// TestUndrainedMemory: a ring that is stopped since its memory goes away may leave requests behind, too. They touch the
+// memory that it had, and the ring goes on with descriptors of its own when it comes back.
+func TestUndrainedMemory(t *testing.T) {
+	for name, change := range map[string]func(*client, *guest){
+		"SET_MEM_TABLE": func(c *client, g *guest) {
+			g.gpa += g.size // the ring moves with it
+			c.set(reqSetMemTable, g.memTable(), g.fd)
+		},
+		"REM_MEM_REG": func(c *client, g *guest) {
+			c.set(reqRemMemReg, g.memReg())
+			c.set(reqAddMemReg, g.memReg(), g.fd)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newFakeDevice(1)
+			d.stopErr = errors.New("stuck")
+			g := newGuest(t)
+			c := connect(t, NewServer(d, Options{Logger: slog.New(slog.DiscardHandler)}))
+			c.negotiate(testFeatures)
+			c.set(reqSetMemTable, g.memTable(), g.fd)
+			c.ring(g, 0, 64, 0)
+			c.set(reqSetVringEnable, u32s(0, 1))
+			more := *g // comes while the ring runs
+			more.gpa, more.user = g.gpa+16*g.size, g.user+16*g.size
+			c.set(reqAddMemReg, more.memReg(), more.fd)
+			c.sync()
+			old := d.queue(0).r
+			change(c, g)
+			c.sync()
+			for _, region := range old.Mem.Regions() {
+				if _, err := old.Mem.Bytes(region.GPA(), 1); err != nil {
+					t.Errorf("the memory at %#x was unmapped", region.GPA())
+				}
+			}
+			q := d.queue(0)
+			if q == nil {
+				t.Fatal("the ring was not started again")
+			}
+			for _, fds := range [][2]int{{old.Kick, q.r.Kick}, {old.Call, q.r.Call}} {
+				if fds[0] == fds[1] || checkEvent(fds[0]) != nil || checkEvent(fds[1]) != nil {
+					t.Errorf("descriptors %v of the lost queue and of the new one", fds)
+				}
+				closeFD(fds[0])
+			}
+			signals(g.call[0])
+			if signal(q.r.Call); signals(g.call[0]) != 1 {
+				t.Error("the new queue cannot call the driver")
+			}
+			d.set(func() { d.stopErr = nil })
+			if err := c.end(); err != nil {
+				t.Error(err)
+			}
+			for _, region := range old.Mem.Regions() {
+				if _, err := old.Mem.Bytes(region.GPA(), 1); err != nil {
+					t.Errorf("the memory at %#x was unmapped at the end", region.GPA())
+				}
+				_ = region.Unmap()
+			}
+		})
+	}
+}
+
 // TestSetMemoryFails: a queue that cannot go on with the new memory is stopped before the old is unmapped.
 func TestSetMemoryFails(t *testing.T) {
 	d := newFakeDevice(1)

@@ -19,6 +19,18 @@ func closeFD(fd int) {
 	}
 }
 
+// dupFD duplicates fd; -1: there is none, or no room for another one.
+func dupFD(fd int) int {
+	if fd < 0 {
+		return -1
+	}
+	n, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
 // memfd creates shared memory of size bytes, all zero.
 func memfd(name string, size int64) (int, error) {
 	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)

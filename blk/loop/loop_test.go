@@ -46,6 +46,12 @@ func (d *driver) Disarm()    {}
 // start runs a loop until the test ends or stop is called.
 func start(t *testing.T, opts Options, drv Driver) (l *Loop, stop func()) {
 	t.Helper()
+	return startAfter(t, nil, opts, drv)
+}
+
+// startAfter is start with a thread on which first was called before. The thread ends with the loop.
+func startAfter(t *testing.T, first func(), opts Options, drv Driver) (l *Loop, stop func()) {
+	t.Helper()
 	if opts.Depth == 0 {
 		opts.Depth = 64
 	}
@@ -53,7 +59,13 @@ func start(t *testing.T, opts Options, drv Driver) (l *Loop, stop func()) {
 		opts.Log = slog.New(slog.NewTextHandler(t.Output(), nil))
 	}
 	ready, end := make(chan *Loop, 1), make(chan error, 1)
-	go func() { end <- Run(opts, func(l *Loop) Driver { ready <- l; return drv }) }()
+	go func() {
+		if first != nil {
+			runtime.LockOSThread()
+			first()
+		}
+		end <- Run(opts, func(l *Loop) Driver { ready <- l; return drv })
+	}()
 	select {
 	case l = <-ready:
 	case err := <-end:
@@ -640,11 +652,13 @@ func TestCall(t *testing.T) {
 			name  string
 			flags int
 			full  bool
+			later bool // it becomes a blocking one when it is in use
 		}{
-			{"nonblocking", unix.EFD_NONBLOCK, false},
-			{"blocking", 0, false},
-			{"full", unix.EFD_NONBLOCK, true},
-			{"full, blocking", 0, true},
+			{"nonblocking", unix.EFD_NONBLOCK, false, false},
+			{"blocking", 0, false, false},
+			{"blocking later", unix.EFD_NONBLOCK, false, true},
+			{"full", unix.EFD_NONBLOCK, true, false},
+			{"full, blocking", 0, true, false},
 		} {
 			for _, opts.PollMax = range []time.Duration{0, 50 * time.Microsecond} {
 				t.Run(c.name+"/"+opts.PollMax.String(), func(t *testing.T) {
@@ -661,14 +675,14 @@ func TestCall(t *testing.T) {
 					}
 					d := &driver{}
 					l, _ := start(t, opts, d)
-					do := func(fn func()) {
-						done := make(chan struct{})
-						l.Post(func() { fn(); close(done) })
-						<-done
+					do(l, func() { l.SetCall(fd) })
+					if c.later {
+						if err := unix.SetNonblock(fd, false); err != nil {
+							t.Fatal(err)
+						}
 					}
-					do(func() { l.SetCall(fd) })
 					for range 100 {
-						do(func() { d.call.Store(true) })
+						do(l, func() { d.call.Store(true) })
 						p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 						if n, err := unix.Poll(p, 10_000); n != 1 {
 							t.Fatalf("no call: %v", err)
@@ -682,17 +696,165 @@ func TestCall(t *testing.T) {
 						}
 					}
 					if b, ok := l.be.(*ringBackend); ok {
-						do(func() {
-							if good := c.flags != 0 && !c.full; b.ring.SetCall(fd) && b.calls != good {
+						do(l, func() {
+							if good := c.flags != 0 && !c.full && !c.later; b.ring.SetCall(fd) && b.calls != good {
 								t.Errorf("signalled by the ring: %v", b.calls)
 							}
 						})
 					}
-					do(func() { l.SetCall(-1) })
-					do(func() { d.call.Store(true) })
-					do(func() {})
+					do(l, func() { l.SetCall(-1) })
+					do(l, func() { d.call.Store(true) })
+					do(l, func() {})
 				})
 			}
 		}
 	})
+}
+
+// do runs fn on the loop's thread and waits for it.
+func do(l *Loop, fn func()) {
+	done := make(chan struct{})
+	l.Post(func() { fn(); close(done) })
+	<-done
+}
+
+// callFD makes an eventfd, and tells whether it was signalled since the last time.
+func callFD(t *testing.T, flags int) (fd int, called func(timeout time.Duration) bool) {
+	t.Helper()
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|flags)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	return fd, func(timeout time.Duration) bool {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		if n, _ := unix.Poll(p, int(timeout.Milliseconds())); n != 1 {
+			return false
+		}
+		var b [8]byte
+		_, err := unix.Read(fd, b[:])
+		return err == nil
+	}
+}
+
+// What was published in one turn is signalled when the next turn reads its mail, by which a queue is paused and stopped.
+func TestCallBeforeMail(t *testing.T) {
+	engines(t, func(t *testing.T, opts Options) {
+		for name, flags := range map[string]int{"nonblocking": unix.EFD_NONBLOCK, "blocking": 0} {
+			t.Run(name, func(t *testing.T) {
+				fd, called := callFD(t, flags)
+				var (
+					l      *Loop
+					ask    bool // the loop's thread alone
+					answer = make(chan bool)
+				)
+				d := &driver{}
+				d.publish = func() {
+					if ask {
+						ask = false
+						d.call.Store(true)
+						l.Post(func() { answer <- called(0) })
+					}
+				}
+				l, _ = start(t, opts, d)
+				for i := range 20 {
+					l.Post(func() {
+						l.SetCall(fd)
+						ask = true
+					})
+					if !<-answer {
+						t.Fatalf("turn %d: not signalled", i)
+					}
+				}
+			})
+		}
+	})
+}
+
+// A signal that the kernel does not take in the submission goes out all the same.
+func TestCallNotSubmitted(t *testing.T) {
+	for _, errno := range []unix.Errno{unix.EAGAIN, unix.EBUSY, unix.ENOMEM} {
+		t.Run(errno.Error(), func(t *testing.T) {
+			fd, called := callFD(t, unix.EFD_NONBLOCK)
+			d := &driver{}
+			l, stop := startAfter(t, func() {}, Options{Log: slog.New(slog.DiscardHandler)}, d) // its thread ends with it
+			b, ok := l.be.(*ringBackend)
+			if !ok {
+				t.Skip("no io_uring here")
+			}
+			do(l, func() { l.SetCall(fd) })
+			do(l, func() { // the polls are submitted
+				if !b.calls || b.ring.Queued() > 0 {
+					t.Errorf("the ring signals: %v, %d entries wait", b.calls, b.ring.Queued())
+				}
+				refuse(t, refusal{call: unix.SYS_IO_URING_ENTER, errno: errno, arg: 1, other: true}) // with entries to submit
+			})
+			for i := range 3 {
+				if do(l, func() { d.call.Store(true) }); !called(10 * time.Second) {
+					t.Fatalf("call %d was lost", i)
+				}
+			}
+			stop()
+		})
+	}
+}
+
+// Kernels and policies that lack one thing or another.
+func TestRefused(t *testing.T) {
+	const registerFiles, registerFilesUpdate, registerRingFDs = 2, 6, 20
+	all := func(call uint32, errno unix.Errno) refusal { return refusal{call: call, errno: errno, arg: -1} }
+	register := func(op uint32) refusal {
+		return refusal{call: unix.SYS_IO_URING_REGISTER, errno: unix.EINVAL, arg: 1, value: op}
+	}
+	for _, c := range []struct {
+		name        string
+		refused     refusal
+		ring, calls bool
+	}{
+		{"io_uring, by policy", all(unix.SYS_IO_URING_SETUP, unix.EPERM), false, false},
+		{"io_uring", all(unix.SYS_IO_URING_SETUP, unix.ENOSYS), false, false},
+		{"setup flags", all(unix.SYS_IO_URING_SETUP, unix.EINVAL), false, false},
+		{"registration", all(unix.SYS_IO_URING_REGISTER, unix.EPERM), true, false},
+		{"files", register(registerFiles), true, false},
+		{"update of files", register(registerFilesUpdate), true, false},
+		{"ring descriptors", register(registerRingFDs), true, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			fd, called := callFD(t, unix.EFD_NONBLOCK)
+			kick, err := newEventfd()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(kick)
+			k := &kicked{seen: make(chan struct{}, 1)}
+			l, stop := startAfter(t, func() { refuse(t, c.refused) }, Options{Log: slog.New(slog.DiscardHandler)}, k)
+			do(l, func() {
+				l.WatchKick(kick)
+				l.SetCall(fd)
+			})
+			b, ring := l.be.(*ringBackend)
+			if ring != c.ring || ring && b.calls != c.calls {
+				t.Errorf("io_uring: %v, and signals: %v", ring, ring && b.calls)
+			}
+			for i := range 20 {
+				k.want.Add(1)
+				wake(kick)
+				<-k.seen
+				if do(l, func() { k.call.Store(true) }); !called(10 * time.Second) {
+					t.Fatalf("call %d was lost", i)
+				}
+			}
+			n := open(t, t.TempDir(), 1<<20, file.Options{})
+			run(l, func(task *blk.Task) {
+				want, got := bytes.Repeat([]byte{7}, 4096), make([]byte, 4096)
+				if err := task.WriteAt(host(t, n), blk.BytesVec(nil, want), 8192, true); err != nil {
+					t.Error(err)
+				}
+				if err := task.ReadAt(host(t, n), blk.BytesVec(nil, got), 8192); err != nil || !bytes.Equal(got, want) {
+					t.Errorf("wrong bytes, error %v", err)
+				}
+			})
+			stop()
+		})
+	}
 }

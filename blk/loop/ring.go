@@ -23,7 +23,9 @@ type ringBackend struct {
 	kickFd  int
 	kickGen uint64 // which of the kick fds is the current one
 	rearm   []uint64
+	callFd  int
 	calls   bool // the ring can signal the call fd
+	called  bool // what is submitted next has the signal
 }
 
 func newRingBackend(depth uint32) (*ringBackend, error) {
@@ -36,7 +38,7 @@ func newRingBackend(depth uint32) (*ringBackend, error) {
 		unix.Close(wakeFd) //nolint:errcheck // on the way out
 		return nil, err
 	}
-	b := &ringBackend{ring: ring, wakeFd: wakeFd, kickFd: -1}
+	b := &ringBackend{ring: ring, wakeFd: wakeFd, kickFd: -1, callFd: -1}
 	ring.PollMultishot(wakeFd, tagWake)
 	return b, nil
 }
@@ -61,9 +63,17 @@ func (b *ringBackend) start(o *blk.IO) {
 	}
 }
 
-func (b *ringBackend) submit() error {
+func (b *ringBackend) submit() error { return b.enter(false) }
+func (b *ringBackend) sleep() error  { return b.enter(true) }
+
+func (b *ringBackend) enter(wait bool) error {
 	b.rearmPolls()
-	return b.ring.Submit(false)
+	err := b.ring.Submit(wait)
+	if b.called && b.ring.Queued() > 0 {
+		Signal(b.callFd) // who knows when the kernel, short of memory, takes it, or whether the ring ends before
+	}
+	b.called = false
+	return err
 }
 
 func (b *ringBackend) rearmPolls() {
@@ -93,7 +103,7 @@ func (b *ringBackend) reap(l *Loop) bool {
 		}
 		if c.UserData == tagCall { // it would have blocked
 			b.calls = false
-			Signal(l.callFd)
+			Signal(b.callFd)
 			continue
 		}
 		if c.Flags&uring.CQEMore == 0 && c.Res >= 0 {
@@ -104,10 +114,6 @@ func (b *ringBackend) reap(l *Loop) bool {
 }
 
 func (b *ringBackend) ready() bool { return b.ring.Ready() }
-func (b *ringBackend) sleep() error {
-	b.rearmPolls()
-	return b.ring.Submit(true)
-}
 
 // watchKick leaves the poll of an earlier fd behind: it holds the kernel's file until the ring closes, and its
 // completions only wake us.
@@ -119,7 +125,12 @@ func (b *ringBackend) watchKick(fd int) {
 	}
 }
 
-func (b *ringBackend) setCall(fd int) { b.calls = b.ring.SetCall(fd) }
+// setCall leaves a blocking eventfd to Signal: the kernel does not write to one in a submission, and says so a turn late.
+func (b *ringBackend) setCall(fd int) {
+	b.callFd = fd
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	b.calls = b.ring.SetCall(fd) && err == nil && flags&unix.O_NONBLOCK != 0
+}
 
 // call does not put the signal behind the start of I/O, which takes tens of microseconds where it is large.
 func (b *ringBackend) call() bool {
@@ -127,6 +138,7 @@ func (b *ringBackend) call() bool {
 		return false
 	}
 	b.ring.Call(tagCall)
+	b.called = true
 	return true
 }
 

@@ -175,17 +175,19 @@ func (q *queue) give(r *request, written uint32) {
 	}
 }
 
-// Publish implements loop.Driver. When nothing is in flight any more it tells those who wait for that; what has
-// completed is published first, since a pause is also the moment at which a ring's state is read.
+// Publish implements loop.Driver. When nothing is in flight any more it tells those who wait for that. What has completed
+// is published, and the driver signalled, before: a pause is also the moment at which the states of rings and interrupts
+// are read.
 func (q *queue) Publish() bool {
-	call := q.publish()
-	if q.taken == 0 && len(q.rest) > 0 {
-		for _, c := range q.rest {
-			close(c)
-		}
-		q.rest = nil
+	if q.taken > 0 || len(q.rest) == 0 {
+		return q.publish()
 	}
-	return call
+	q.publishNow()
+	for _, c := range q.rest {
+		close(c)
+	}
+	q.rest = nil
+	return false
 }
 
 // publish reports whether the driver is to be called.
@@ -278,15 +280,14 @@ func (q *queue) do(fn func()) bool {
 	}
 }
 
-// settle asks the loop to take nothing more; the channel is closed when nothing is in flight.
+// settle asks the loop to take nothing more; the channel is closed when nothing is in flight, unless the loop ends before.
+// It does not wait for the loop, which may hang.
 func (q *queue) settle() <-chan struct{} {
 	c := make(chan struct{})
-	if !q.do(func() {
+	q.loop.Post(func() {
 		q.pause()
 		q.rest = append(q.rest, c)
-	}) {
-		close(c)
-	}
+	})
 	return c
 }
 
@@ -372,7 +373,12 @@ func (q *queue) SetLog(l *vhostuser.Log, used bool, usedLog uint64) {
 func (q *queue) Kick() { q.loop.Post(func() {}) }
 
 // Pause implements vhostuser.Queue. It has no bound: whoever pauses takes guest memory away.
-func (q sessionQueue) Pause() { <-q.settle() }
+func (q sessionQueue) Pause() {
+	select {
+	case <-q.settle():
+	case <-q.end:
+	}
+}
 
 // Resume implements vhostuser.Queue.
 func (q sessionQueue) Resume() { q.queue.Resume() }
@@ -430,6 +436,8 @@ func (q *queue) Barrier() {
 func (q *queue) Pause(ctx context.Context) error {
 	select {
 	case <-q.settle():
+		return nil
+	case <-q.end:
 		return nil
 	case <-ctx.Done():
 		q.Resume()

@@ -617,6 +617,50 @@ func TestChangeTimeout(t *testing.T) {
 	}
 }
 
+// A loop that hangs is as bad as a request that does, for the disk itself. Others that are changed with it go on.
+func TestChangeHung(t *testing.T) {
+	hung, other := serve(t, blktest.NewMemory(1<<20), Options{}), serve(t, blktest.NewMemory(1<<20), Options{})
+	d, o := hung.dial(t, frontend.Options{}), other.dial(t, frontend.Options{})
+	release := make(chan struct{})
+	hung.dev.mu.Lock()
+	for q := range hung.dev.queues {
+		q.loop.Post(func() { <-release })
+	}
+	hung.dev.mu.Unlock()
+	over := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		defer cancel()
+		over <- blk.ChangeAll(ctx, []*blk.Graph{hung.graph, other.graph}, func([]*blk.Tx) error {
+			t.Error("changed under a queue that does not rest")
+			return nil
+		})
+	}()
+	select {
+	case err := <-over:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("change: %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the change waits for ever")
+	}
+	if !t.Failed() {
+		if err := o.Flush(); err != nil {
+			t.Errorf("the other disk: %v", err)
+		}
+	}
+	close(release)
+	if err := d.Flush(); err != nil {
+		t.Errorf("afterwards: %v", err)
+	}
+	if err := hung.graph.Change(t.Context(), func(*blk.Tx) error { return nil }); err != nil {
+		t.Errorf("change: %v", err)
+	}
+	if err := d.Flush(); err != nil {
+		t.Errorf("after the change: %v", err)
+	}
+}
+
 // rig is a ring in memory of its own, for queues without a session.
 type rig struct {
 	mem *virtq.Memory
@@ -727,6 +771,52 @@ func TestStopWhilePaused(t *testing.T) {
 	}
 }
 
+// Whoever waits for a queue to rest is told after the driver was signalled: a monitor that has paused its guest takes the
+// state of the interrupts next, and what comes later is lost with a snapshot.
+func TestRestAfterCall(t *testing.T) {
+	g := newRig(t)
+	call, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(call)
+	g.r.Call = call
+	vq, err := New(blk.NewGraph(blktest.NewMemory(1<<20)), 1<<20, defaults(Options{})).Start(g.r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := vq.(sessionQueue).queue
+	for i := range 3 {
+		vq.Pause()
+		g.drv.EnableInterrupts()
+		copy(g.buf, le64(typeGetID))
+		if _, err := g.drv.AddChain([]virtq.Buf{{GPA: bufGPA, Len: 16}}, []virtq.Buf{{GPA: bufGPA + 1024, Len: 21}}, false); err != nil {
+			t.Fatal(err)
+		}
+		g.drv.Publish()
+		// The turn in which the last request ends.
+		q.do(func() {
+			q.take().begin()
+			rest := make(chan struct{})
+			q.rest = append(q.rest, rest)
+			late := q.Publish()
+			select {
+			case <-rest:
+				if late || !waitFD(call, 0) {
+					t.Errorf("request %d: the queue said that it rests before it signalled", i)
+				}
+			default:
+				t.Errorf("request %d: the queue does not rest", i)
+			}
+		})
+		g.wait(t)
+		vq.Resume()
+	}
+	if _, err := vq.Stop(); err != nil {
+		t.Error(err)
+	}
+}
+
 // do tells whether its function ran, also if the loop ends right after it.
 func TestDoAtTheEnd(t *testing.T) {
 	d := New(blk.NewGraph(blktest.NewMemory(1<<20)), 1<<20, defaults(Options{}))
@@ -832,6 +922,43 @@ func TestFullCall(t *testing.T) {
 		case <-stopped:
 		case <-time.After(5 * time.Second):
 			t.Fatal("the queue hangs")
+		}
+	}
+}
+
+// A call descriptor that is replaced while the queue runs is signalled from then on, and the old one is not, whichever way
+// the signal takes.
+func TestReplacedCall(t *testing.T) {
+	for _, o := range []Options{{}, {PollMax: time.Hour}, {NoURing: true}} {
+		g := newRig(t)
+		vq, err := New(blk.NewGraph(blktest.NewMemory(1<<20)), 1<<20, defaults(o)).Start(g.r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		old := -1
+		for i := range 6 {
+			call, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK*(i&1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(call)
+			vq.SetCall(call)
+			for range 10 {
+				g.drv.EnableInterrupts()
+				g.flush(t, i)
+				vq.Kick()
+				if !waitFD(call, 5*time.Second) {
+					t.Fatal("the new descriptor was not signalled")
+				}
+				g.wait(t)
+			}
+			if old >= 0 && waitFD(old, 0) {
+				t.Error("the old descriptor was signalled")
+			}
+			old = call
+		}
+		if _, err := vq.Stop(); err != nil {
+			t.Error(err)
 		}
 	}
 }
