@@ -682,3 +682,24 @@ func TestFrozenIsStored(t *testing.T) {
 		t.Errorf("%d blocks are left after a backup", m.Count())
 	}
 }
+
+// The guest takes its memory away while a write is under way, a part of which is done: it counts as written.
+func TestFaultIsWritten(t *testing.T) {
+	r := newRig(t)
+	b := r.add(block)
+	r.disk.wrote = func(*blk.Request) error { panic("guest memory is gone") }
+	for _, op := range []blk.Op{blk.OpWrite, blk.OpDiscard} {
+		off := int64(op) << 24
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Error("no panic")
+				}
+			}()
+			_ = r.write(op, off, block, false)
+		}()
+		if !b.Bits().All(off, block) {
+			t.Errorf("%v is missing", op)
+		}
+	}
+}
