@@ -188,10 +188,9 @@ func (n *Node) Do(t *blk.Task, r *blk.Request) error {
 	case blk.OpWrite, blk.OpWriteZeroes, blk.OpDiscard:
 		a := n.enter(t, r.Off, r.Len)
 		defer n.leave(a)
-		err := blk.Do(t, n.child, r)
-		// Marked after the write, whatever came of it, and before it is acknowledged.
-		n.recent.Set(r.Off, r.Len)
-		return err
+		// Marked after the write, whatever came of it, a fault in the guest's memory too, and before it is acknowledged.
+		defer n.recent.Set(r.Off, r.Len)
+		return blk.Do(t, n.child, r)
 	default:
 		return blk.ErrNotSupported
 	}

@@ -682,3 +682,63 @@ func TestFrozenIsStored(t *testing.T) {
 		t.Errorf("%d blocks are left after a backup", m.Count())
 	}
 }
+
+// The guest takes its memory away while a write is under way, a part of which is done: it counts as written.
+func TestFaultIsWritten(t *testing.T) {
+	r := newRig(t)
+	b := r.add(block)
+	r.disk.wrote = func(*blk.Request) error { panic("guest memory is gone") }
+	for _, op := range []blk.Op{blk.OpWrite, blk.OpDiscard} {
+		off := int64(op) << 24
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Error("no panic")
+				}
+			}()
+			_ = r.write(op, off, block, false)
+		}()
+		if !b.Bits().All(off, block) {
+			t.Errorf("%v is missing", op)
+		}
+	}
+}
+
+// After a flush of the log that failed nobody knows what its slot holds. The other one, which is good, stays until
+// there is a better one, whatever a power cut leaves of what is written next.
+func TestLogFlushFails(t *testing.T) {
+	const shift = minRegionShift
+	task, rng := blk.NewTask(), blktest.Rand(t)
+	d := blktest.NewCrashDisk(LogSize)
+	f := blktest.NewFault(d)
+	if err := FormatLog(task, f); err != nil {
+		t.Fatal(err)
+	}
+	gen, err := readLog(task, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := intentLog{f, gen}
+	for _, regions := range [][]int64{{1}, {2}} {
+		if err := l.write(task, size, shift, regions); err != nil {
+			t.Fatal(err)
+		}
+	}
+	good := d.Points()
+	f.Add(blktest.Rule{Ops: []blk.Op{blk.OpFlush}, Err: syscall.EIO})
+	if err := l.write(task, size, shift, []int64{2, 3}); !errors.Is(err, syscall.EIO) {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := l.put(task, size, shift, logBroken, nil); !errors.Is(err, syscall.EIO) {
+			t.Fatal(err)
+		}
+	}
+	for range 300 {
+		p := good + rng.IntN(d.Points()-good+1)
+		m := blk.NewBitmap(size, block)
+		if err := ReadLog(task, d.CrashAt(p, rng), m); !errors.Is(err, ErrMissed) && (err != nil || !m.All(2<<shift, 1<<shift)) {
+			t.Fatalf("power cut at %d of %d: %v, and region 2 is missing", p, d.Points(), err)
+		}
+	}
+}

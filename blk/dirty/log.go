@@ -72,14 +72,14 @@ func (l *intentLog) put(t *blk.Task, size int64, shift uint, count uint32, regio
 		le.PutUint32(b[32+4*i:], uint32(r))
 	}
 	le.PutUint32(b[logSlot-4:], crc32.Checksum(b[:logSlot-4], castagnoli))
-	l.gen++ // also if this fails: the other slot is the one that is known to be good
-	if err := writeAt(t, l.storage, b, int64(l.gen&1)*logSlot); err != nil {
-		l.gen--
+	at := int64((l.gen+1)&1) * logSlot
+	if err := writeAt(t, l.storage, b, at); err != nil {
 		return fmt.Errorf("write the intent log: %w", err)
 	}
 	if err := flush(t, l.storage); err != nil {
 		return fmt.Errorf("write the intent log: %w", err)
 	}
+	l.gen++ // not if this fails: the other slot is the one that is known to be good
 	return nil
 }
 

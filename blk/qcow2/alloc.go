@@ -160,7 +160,10 @@ func (n *Node) reserve(t *blk.Task, want int64) error {
 	batch := min(max(want, n.batch), n.maxBatch)
 	runs, err := n.find(t, batch)
 	if batch > 1 && blk.IsNoSpace(err) {
-		runs, err = n.find(t, 1)
+		// What has failed first: who settles it meanwhile writes a table over what is added to it here.
+		if err = n.settle(t); err == nil {
+			runs, err = n.find(t, 1)
+		}
 	}
 	if err != nil {
 		return err

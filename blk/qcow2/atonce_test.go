@@ -440,3 +440,62 @@ func TestFreeAfterTable(t *testing.T) {
 	mustClose(t, n)
 	checkClean(t, m.Bytes(), false)
 }
+
+// TestRetryForLess: where there is no room for many clusters, fewer are reserved; but what has failed is settled before.
+// Else somebody else settles it meanwhile, and writes the table of counts as it was over the table as it is.
+func TestRetryForLess(t *testing.T) {
+	const size, cluster = 512 << 10, 512
+	m := blktest.NewMemory(0)
+	if err := Create(blk.NewTask(), m, CreateOptions{Size: size, ClusterSize: cluster}); err != nil {
+		t.Fatal(err)
+	}
+	h := &hooked{Memory: m}
+	n := mustOpen(t, h, Options{Name: "test"})
+	step := int64(1) << n.l1Shift
+	for off := size - step; off >= 0; off -= step { // all tables
+		writeAt(t, n, off, pattern(1, cluster))
+	}
+	var (
+		table         = n.refs.Load().host
+		writes        int        // of the table of counts
+		flushed       chan error // of somebody else, who comes if the table is not settled
+		held, proceed = make(chan struct{}), make(chan struct{})
+	)
+	hook := func(r *blk.Request, do func() error) error {
+		if r.Op != blk.OpWrite {
+			return do()
+		}
+		if r.Off == table {
+			writes++
+			switch {
+			case writes == 1:
+				return syscall.ENOSPC
+			case writes == 2 && flushed != nil:
+				close(held)
+				<-proceed
+			}
+		} else if writes == 1 && flushed == nil {
+			flushed = make(chan error, 1)
+			go func() { flushed <- blk.Do(blk.NewTask(), n, &blk.Request{Op: blk.OpFlush}) }()
+			<-held
+		}
+		return do()
+	}
+	h.hook.Store(&hook)
+	for off := int64(size - cluster); writes == 0; off -= cluster {
+		if off < 0 {
+			t.Fatal("the disk is too small")
+		}
+		writeAt(t, n, off, pattern(2, cluster))
+	}
+	h.hook.Store(nil)
+	close(proceed)
+	if flushed != nil {
+		if err := <-flushed; err != nil {
+			t.Error(err)
+		}
+	}
+	checkNow(t, m)
+	mustClose(t, n)
+	checkClean(t, m.Bytes(), false)
+}
