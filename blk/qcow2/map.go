@@ -244,7 +244,9 @@ func (n *Node) behind(tab *table, off, l int64) (host, got int64) {
 		skip := (in + got) & (n.clusterSize() - 1)
 		c := tab.stableAt(int((in + got) >> n.clusterBits))
 		at := int64(-1)
-		if c.present {
+		// Without subclusters nothing tells zeros at the start of the data file from zeros without a place, which is what
+		// QEMU takes them for.
+		if c.present && (c.host > 0 || n.words > 1) {
 			at = c.host + skip
 		}
 		switch {

@@ -44,6 +44,23 @@ func TestMap(t *testing.T) {
 	}
 }
 
+// Zeros whose place is the start of the data file have none for QEMU, but with subclusters.
+func TestMapZerosAtStart(t *testing.T) {
+	needQEMU(t)
+	for _, options := range []string{"cluster_size=512", "cluster_size=64k", "cluster_size=64k,extended_l2=on"} {
+		t.Run(options, func(t *testing.T) {
+			dir := t.TempDir()
+			runIn(t, dir, "", "qemu-img", "create", "-q", "-f", "qcow2", "-o", options+",data_file=data", "image", "1M")
+			changeWithQEMU(t, dir, "qcow2", "image", []string{"write 0 128k", "write -z 0 96k"})
+			made := []string{filepath.Join(dir, "image"), filepath.Join(dir, "data")}
+			for _, path := range made {
+				syncFile(t, path)
+			}
+			compareMaps(t, dir, "image", "qcow2", made)
+		})
+	}
+}
+
 // makeLayer makes an image over another one, or over none, and writes to it. It notes the files.
 func makeLayer(t *testing.T, rng *rand.Rand, dir string, depth int, backing, backingFormat string, made *[]string) (name, format string) {
 	t.Helper()
