@@ -66,7 +66,7 @@ race: ## the same under the race detector, where there is concurrency
 e2e: ## Linux guests under QEMU against the real daemon
 	$(GO) test $(TESTFLAGS) -p 1 ./test/guest ./test/e2e
 
-interop: setup ## images against QEMU, the whole option matrix (30 minutes)
+interop: setup ## images against QEMU, the whole option matrix (more than an hour)
 	INTEROP=full $(GO) test -count=1 -timeout 2h ./test/interop
 
 lint: $(LINT) ## golangci-lint, built from the Go module proxy when it is missing
