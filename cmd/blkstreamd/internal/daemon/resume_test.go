@@ -20,6 +20,7 @@ import (
 	"github.com/blkstream/blkstream/blk/image"
 	"github.com/blkstream/blkstream/blk/mirror"
 	"github.com/blkstream/blkstream/blk/qcow2"
+	"github.com/blkstream/blkstream/config"
 	"github.com/blkstream/blkstream/copy/blockcopy"
 	"github.com/blkstream/blkstream/copy/control"
 	"github.com/blkstream/blkstream/copy/job"
@@ -530,28 +531,47 @@ func TestCopyBeginsAgainTwice(t *testing.T) {
 	}
 }
 
+// readyCopy leaves the copy of a disk beside another one, which a daemon that has stopped had made ready.
+func (b *bed) readyCopy() *config.File {
+	b.Helper()
+	f := b.load("", b.disk("disk0", b.full("source")), b.disk("disk1", b.image("other")))
+	d, c := b.start(f)
+	_, err := c.Copy(b.Context(), &control.CopyRequest{Id: "j", Disk: "disk0", Target: b.path("target")})
+	b.must(err)
+	b.wait(c, "j", job.StateReady)
+	b.stop(d)
+	return f
+}
+
+// failStart has a start fail for the other disk's sake.
+func (b *bed) failStart(f *config.File) {
+	b.Helper()
+	other := b.path("other")
+	b.must(os.Rename(other, other+".away"))
+	b.refused(f, "other")
+	b.must(os.Rename(other+".away", other))
+}
+
+// switchTo ends the copy, which must have made both images the same.
+func (b *bed) switchTo(f *config.File) {
+	b.Helper()
+	d, c := b.start(f)
+	b.resumeAndSwitch(c)
+	b.stop(d)
+	if bad := b.differ(b.path("source"), image.Raw, b.path("target"), image.Raw); len(bad) > 0 {
+		b.Errorf("the images differ in %v", bad)
+	}
+}
+
 // A start that fails for the sake of another disk does not make its own what somebody has done to the target before it.
 func TestCopyTargetTouchedBeforeFailedStart(t *testing.T) {
 	b := newBed(t)
 	b.slack(time.Second)
-	source, target, other := b.full("source"), b.path("target"), b.image("other")
-	f := b.load("", b.disk("disk0", source), b.disk("disk1", other))
-	d, c := b.start(f)
-	_, err := c.Copy(t.Context(), &control.CopyRequest{Id: "j", Disk: "disk0", Target: target})
-	b.must(err)
-	b.wait(c, "j", job.StateReady)
-	b.stop(d)
+	f := b.readyCopy()
 	time.Sleep(2 * stampSlack)
-	b.spoil(target, image.Raw, []int64{diskSize - copyBlock})
-	b.must(os.Rename(other, other+".away"))
-	b.refused(f, "other")
-	b.must(os.Rename(other+".away", other))
-	d, c = b.start(f)
-	b.resumeAndSwitch(c)
-	b.stop(d)
-	if bad := b.differ(source, image.Raw, target, image.Raw); len(bad) > 0 {
-		t.Errorf("the images differ in %v", bad)
-	}
+	b.spoil(b.path("target"), image.Raw, []int64{diskSize - copyBlock})
+	b.failStart(f)
+	b.switchTo(f)
 }
 
 // What one daemon has not relied on the next one does not either, though the reason has gone and the guest has written
@@ -559,45 +579,24 @@ func TestCopyTargetTouchedBeforeFailedStart(t *testing.T) {
 func TestCopyThatDoesNotGoOnNeverDoes(t *testing.T) {
 	b := newBed(t)
 	b.slack(time.Hour)
-	source, target, other := b.full("source"), b.path("target"), b.image("other")
-	f := b.load("", b.disk("disk0", source), b.disk("disk1", other))
-	d, c := b.start(f)
-	_, err := c.Copy(t.Context(), &control.CopyRequest{Id: "j", Disk: "disk0", Target: target})
-	b.must(err)
-	b.wait(c, "j", job.StateReady)
-	b.stop(d)
+	f := b.readyCopy()
 	b.must(os.Chmod(b.bits(), 0o622))
-	b.must(os.Rename(other, other+".away"))
-	b.refused(f, "other")
-	b.must(os.Rename(other+".away", other))
+	b.failStart(f)
 	if exists(b.bits()) {
 		b.must(os.Chmod(b.bits(), 0o600))
 	}
-	b.spoil(source, image.Raw, []int64{copyBlock}) // as the guest of the daemon that failed
-	d, c = b.start(f)
-	b.resumeAndSwitch(c)
-	b.stop(d)
-	if bad := b.differ(source, image.Raw, target, image.Raw); len(bad) > 0 {
-		t.Errorf("the images differ in %v", bad)
-	}
+	b.spoil(b.path("source"), image.Raw, []int64{copyBlock}) // as the guest of the daemon that failed
+	b.switchTo(f)
 }
 
 // A start that fails for the sake of another disk loses nothing of what was copied.
 func TestCopyGoesOnAfterFailedStart(t *testing.T) {
 	b := newBed(t)
 	b.slack(time.Second)
-	source, target, other := b.full("source"), b.path("target"), b.image("other")
-	f := b.load("", b.disk("disk0", source), b.disk("disk1", other))
-	d, c := b.start(f)
-	_, err := c.Copy(t.Context(), &control.CopyRequest{Id: "j", Disk: "disk0", Target: target})
-	b.must(err)
-	b.wait(c, "j", job.StateReady)
-	b.stop(d)
-	b.must(os.Rename(other, other+".away"))
+	f := b.readyCopy()
 	time.Sleep(2 * stampSlack)
-	b.refused(f, "other")
-	b.must(os.Rename(other+".away", other))
-	d, c = b.start(f)
+	b.failStart(f)
+	d, c := b.start(f)
 	if j := b.wait(c, "j", job.StateReady); !strings.Contains(b.log.String(), "copy started") || j.BytesDone != diskSize || strings.Contains(b.log.String(), "begins again") {
 		t.Errorf("after two starts: %v\n%s", j, b.log.String())
 	}
